@@ -1,0 +1,1 @@
+"""The roles as processes: plain classes that know nothing of Ray. Imported as ``rayrlhf.actors``."""

@@ -1,0 +1,75 @@
+"""The critic: values of states, and their regression towards returns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rayrlhf.actors.trainer import MinibatchLoss, TrainerRole, scatter_tokens
+from rayrlhf.algorithms import value_loss
+from rayrlhf.batch import Batch
+from rayrlhf.config import Config
+from rayrlhf.models.heads import ScalarModel
+from rayrlhf.models.layout import ModelInput
+from rayrlhf.models.loading import add_lora, load_critic
+from rayrlhf.models.world import World
+
+__all__ = ["CriticTrainer"]
+
+
+class CriticTrainer(TrainerRole):
+    """A value model under DeepSpeed ZeRO.
+
+    Args:
+        world: this process's place in the group.
+        config: the whole run; ``config.critic`` is given.
+        model_path: folder or hub name of the model that it starts from.
+        total_steps: optimizer steps of the whole run.
+    """
+
+    training_columns = ("tokens", "response_mask", "values", "returns")
+
+    def __init__(self, world: World, config: Config, model_path: str, total_steps: int):
+        critic = config.critic
+        assert critic is not None
+        model = load_critic(
+            model_path, critic, num_layers=critic.num_layers, dtype=torch.float32, seed=config.seed + 1
+        )
+        if critic.lora is not None:
+            adapted = add_lora(model.backbone, critic.lora, config.seed + 1)
+            model = ScalarModel(adapted.get_base_model(), model.head)  # type: ignore[operator]
+        super().__init__(world, config, critic, model, total_steps)
+
+    def values(self, batch: Batch) -> Batch:
+        """The value of the state before each response token, and of the state after each sample's last token.
+
+        Returns:
+            Token column ``values`` and sample column ``final_values``, float32.
+        """
+        inputs = self.lay_out(batch)
+        outputs = self.trainer.infer(inputs, self.trainer.engine)
+        final = torch.zeros(len(batch), dtype=torch.float32)
+        for micro, (_, last) in zip(inputs, outputs, strict=False):
+            final[micro.samples] = last
+        values = scatter_tokens(batch, inputs, [o[0] for o in outputs])
+        return Batch(batch.offsets, {"values": values}, {"final_values": final})
+
+    def training_forward(self):
+        return self.trainer.engine
+
+    def loss_aggregation(self) -> tuple[str, float | None]:
+        return "token_mean", None
+
+    def minibatch_loss(self, shard: Batch, weights: Tensor) -> MinibatchLoss:
+        """The clipped value loss, averaged over the response tokens."""
+        clip_range = self.config.ppo.clip_range_value
+
+        def loss(inputs: ModelInput, outputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+            values = outputs[0]
+            where, device = inputs.where.cpu(), values.device
+            old, returns = shard["values"][where].to(device), shard["returns"][where].to(device)
+            clipped = value_loss(values, old, returns, clip_range)
+            total = (weights[where].to(device) * clipped.loss).sum()
+            return total, {"value_loss": total, "value_clipfrac": clipped.clipped.sum()}
+
+        return loss

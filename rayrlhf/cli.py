@@ -1,0 +1,135 @@
+"""The command line. Exit codes: 0 done, 1 the run failed, 2 the input was refused."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="rayrlhf",
+    help="Reinforcement learning from human feedback on Ray: from a laptop's CPU to a cluster of GPU nodes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML configuration.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads it at run time)
+    typer.Argument(metavar="[key=value ...]", help="Keys that replace those of the file, such as ppo.steps=10."),
+]
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """Turn the two bad ends into a message and an exit code; anything else is a defect, and keeps its traceback."""
+    from rayrlhf.errors import InputRefused, RunFailed
+
+    try:
+        yield
+    except InputRefused as refused:
+        count = len(refused.problems)
+        _complain(f"Refused: {count} problem{'s' if count != 1 else ''}, nothing was started.")
+        for problem in refused.problems:
+            _complain(f"  - {problem}")
+        raise typer.Exit(2) from None
+    except RunFailed as failed:
+        _complain(f"The run failed: {failed}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        _complain(
+            "Interrupted. What was trained up to the last whole step is in the run's folder; go on with --resume."
+        )
+        raise typer.Exit(1) from None
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
+) -> None:
+    """Run the algorithm that a configuration names, here or on the Ray cluster of cluster.address."""
+    with _told_plainly():
+        from rayrlhf.config import load_config
+
+        loaded = load_config(config, overrides or [])
+        _prepare_process()
+        from rayrlhf.drivers.train import train as run_training
+
+        run_training(loaded, resume=resume)
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show a configuration's batch arithmetic and roles, without starting anything."""
+    with _told_plainly():
+        from rich.console import Console
+
+        from rayrlhf.config import load_config, plan_rows
+        from rayrlhf.monitoring.plan import render_plan
+
+        render_plan(plan_rows(load_config(config, overrides or [])), Console())
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, such as RUN/model, or hub name.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="The prompt; may be given several times.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    chat: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--chat/--plain", help="With or without the chat template. Default: as the run was trained."),
+    ] = None,
+) -> None:
+    """Let a model answer prompts."""
+    with _told_plainly():
+        _prepare_process()
+        from rayrlhf.drivers.generate import generate as run_generation
+
+        texts = run_generation(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat)
+        for question, text in zip(prompt, texts, strict=True):
+            print(f"> {question}\n{text}\n" if len(prompt) > 1 else text)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed, what devices there are, what is missing, and the command that cures it."""
+    _prepare_process()
+    from rayrlhf.doctor import examine
+
+    raise typer.Exit(examine())
+
+
+def _prepare_process() -> None:
+    """Settings that libraries read once, when they are imported."""
+    # Reward functions of the user's own lie beside the configuration, in the folder where the command is given.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    # Idle OpenMP threads that spin slow every other process on the machine down.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The ranks of a role as Ray actors."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from rayrlhf.batch import Batch
+from rayrlhf.cluster.columns import Block, from_wire, refer, stage, to_wire_value
+from rayrlhf.cluster.group import Group, Pending
+from rayrlhf.cluster.ray_pending import Deadline, Members, RayPending, RayStream, ask_quietly
+from rayrlhf.cluster.ray_process import ProcessInfo
+from rayrlhf.cluster.split import inverse, split_by_tokens
+
+__all__ = ["ActorGroup", "end_processes"]
+
+CLOSE_SECONDS = 5.0
+END_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class ActorGroup(Group):
+    """Data-parallel ranks in processes of their own, on any node of the Ray cluster.
+
+    Arguments and results travel by reference: the driver holds no tensor of a batch unless it touches its column.
+    """
+
+    def __init__(self, members: Members, handles: Sequence[Any], call_timeout_s: float, closes: bool):
+        self.name, self.size = members.role, len(handles)
+        self._members, self._handles = members, list(handles)
+        self._call_timeout_s, self._closes = call_timeout_s, closes
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks, each on its own node."""
+        return [info.pid for info in self._members.infos if info is not None]
+
+    def submit(self, method: str, batch: Batch, *, timeout_s: float | None = None, **kwargs: Any) -> Pending:
+        self._check_usable()
+        parts = split_by_tokens(batch.lengths.tolist(), self.size)
+        staged = stage(batch)
+        shards = [staged if self.size == 1 else staged.select(part) for part in parts]
+        arguments = {name: to_wire_value(value) for name, value in kwargs.items()}
+        refs = [
+            handle.run.options(num_returns=2).remote(method, refer(shard), arguments)
+            for handle, shard in zip(self._handles, shards, strict=True)
+        ]
+
+        def merge(answers: list[Any], blocks: list[Block]) -> Batch:
+            results = [from_wire(wire, block) for wire, block in zip(answers, blocks, strict=True)]
+            filled = [(part, result) for part, result in zip(parts, results, strict=True) if part]
+            if len(filled) <= 1:
+                return filled[0][1] if filled else results[0]
+            merged = Batch.concat([result for _, result in filled])
+            return merged.select(inverse([part for part, _ in filled]))
+
+        return RayPending(self._members, method, refs, Deadline(timeout_s, self._call_timeout_s), merge)
+
+    def broadcast_async(self, method: str, *, timeout_s: float | None = None, **kwargs: Any) -> Pending:
+        self._check_usable()
+        arguments = {name: to_wire_value(value) for name, value in kwargs.items()}
+        refs = [handle.run.options(num_returns=2).remote(method, None, arguments) for handle in self._handles]
+
+        def merge(answers: list[Any], blocks: list[Block]) -> list[Any]:
+            pairs = zip(answers, blocks, strict=True)
+            return [a[0] if isinstance(a, tuple) else from_wire(a, block) for a, block in pairs]
+
+        return RayPending(self._members, method, refs, Deadline(timeout_s, self._call_timeout_s), merge)
+
+    def stream(
+        self, method: str, batches: Sequence[Batch], *, timeout_s: float | None = None, **kwargs: Any
+    ) -> Iterator[Batch]:
+        self.check_streams(batches)
+        self._check_usable()
+        arguments = {name: to_wire_value(value) for name, value in kwargs.items()}
+        generators = [
+            handle.stream.options(num_returns="streaming").remote(method, refer(stage(batch)), arguments)
+            for handle, batch in zip(self._handles, batches, strict=True)
+        ]
+        deadlines = [Deadline(timeout_s, self._call_timeout_s) for _ in generators]
+        return RayStream(self._members, method, generators, deadlines)
+
+    def _check_usable(self) -> None:
+        if not self._handles:
+            raise RuntimeError(f"group {self.name} is closed")
+        if self._members.broken is not None:
+            raise self._members.broken
+
+    def close(self) -> None:
+        handles, self._handles = self._handles, []
+        if self._closes and self._members.broken is None:
+            ask_quietly([handle.close.remote() for handle in handles], CLOSE_SECONDS)
+        end_processes(list(zip(handles, self._members.infos, strict=False)))
+
+
+def end_processes(processes: Sequence[tuple[Any, ProcessInfo | None]]) -> None:
+    """Kill actors, and wait until their processes are gone: they hold memory and GPUs until then."""
+    if not ray.is_initialized():
+        return
+    for handle, _ in processes:
+        ray.kill(handle, no_restart=True)
+    end = time.monotonic() + END_SECONDS
+    here = ray.get_runtime_context().get_node_id()
+    for handle, info in processes:
+        if not _is_dead(handle, max(0.1, end - time.monotonic())):
+            log.warning("%s was told to end and still runs after %g s", info or "a process", END_SECONDS)
+    for info in (info for _, info in processes if info is not None and info.node_id == here):
+        while _runs(info.pid) and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def _is_dead(handle: Any, timeout: float) -> bool:
+    try:
+        ray.get(handle.describe.remote(), timeout=timeout)
+    except RayActorError:
+        return True
+    except GetTimeoutError:
+        return False
+    return False
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process of this number runs here; a zombie doesn't. Without /proc (macOS) Ray's word is enough."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False

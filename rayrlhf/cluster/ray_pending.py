@@ -1,0 +1,255 @@
+"""Waiting for the ranks of a group, with a deadline and without waiting for more than the first failure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
+
+from rayrlhf.batch import Batch
+from rayrlhf.cluster.columns import Block, from_wire
+from rayrlhf.cluster.errors import Failure, RoleFailed
+from rayrlhf.cluster.group import Pending
+from rayrlhf.cluster.ray_logs import cause_of_death, last_lines
+from rayrlhf.cluster.ray_process import ProcessInfo
+
+__all__ = ["Deadline", "Members", "RayPending", "RayStream", "root_failure", "wait_any_ray"]
+
+GRACE_SECONDS = 0.5
+"""After a first failure in a group of several: a rank that dies takes the others down with it ("connection closed by
+peer"), and their errors may arrive before its own."""
+
+
+class Deadline:
+    """A limit, and where it comes from."""
+
+    def __init__(self, timeout_s: float | None, default_s: float, key: str = "cluster.call_timeout_s"):
+        self.seconds = default_s if timeout_s is None else timeout_s
+        self.origin = key if timeout_s is None else "of this call"
+        self.restart()
+
+    def restart(self) -> None:
+        self.end = time.monotonic() + self.seconds
+
+    def left(self) -> float:
+        return max(0.0, self.end - time.monotonic())
+
+
+class Members:
+    """Which processes a group consists of, for error messages, and whether it can still be called."""
+
+    def __init__(self, role: str, size: int):
+        self.role = role
+        self.infos: list[ProcessInfo | None] = [None] * size
+        self.broken: RoleFailed | None = None
+
+    def log(self, rank: int) -> str | None:
+        info = self.infos[rank]
+        return info.log if info else None
+
+    def failed(self, rank: int, phase: str, problem: Failure | RayError) -> RoleFailed:
+        """The error for what a rank answered.
+
+        A group is of no more use once a process is gone, or where ranks may wait for one another.
+        """
+        if isinstance(problem, Failure):
+            error = RoleFailed.raised(self.role, rank, phase, problem, self.log(rank))
+            final = len(self.infos) > 1
+        elif isinstance(problem, RayActorError | WorkerCrashedError | OutOfMemoryError):
+            lines = last_lines(self.infos[rank])
+            error = RoleFailed.died(self.role, rank, phase, cause_of_death(problem, lines), self.log(rank), lines)
+            final = True
+        else:
+            error = RoleFailed.raised(self.role, rank, phase, Failure.of(problem), self.log(rank))
+            final = True
+        if final and self.broken is None:
+            self.broken = error
+        return error
+
+    def late(self, rank: int, phase: str, deadline: Deadline) -> RoleFailed:
+        error = RoleFailed.late(
+            self.role, rank, phase, deadline.seconds, deadline.origin, self.log(rank), last_lines(self.infos[rank])
+        )
+        self.broken = self.broken or error
+        return error
+
+
+def answer(ref: ray.ObjectRef) -> Any:
+    """What a reference that is ready holds: the answer, a `Failure`, or Ray's own error as a value."""
+    try:
+        return ray.get(ref)
+    except RayError as error:
+        return error
+
+
+def is_failure(value: Any) -> bool:
+    return isinstance(value, Failure | RayError)
+
+
+def root_failure(problems: dict[int, Failure | RayError]) -> tuple[int, Failure | RayError]:
+    """The rank of several that failed by itself: a dead process before exceptions, the earliest of these."""
+
+    def order(item: tuple[int, Failure | RayError]) -> tuple:
+        rank, problem = item
+        return (1, problem.time, rank) if isinstance(problem, Failure) else (0, 0.0, rank)
+
+    return min(problems.items(), key=order)
+
+
+def collect_failures(
+    waiting: dict[ray.ObjectRef, int], problems: dict[int, Failure | RayError]
+) -> dict[int, Failure | RayError]:
+    """Failures of further ranks which follow within the grace period."""
+    end = time.monotonic() + GRACE_SECONDS
+    while waiting and (left := end - time.monotonic()) > 0:
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
+        for ref in ready:
+            rank, value = waiting.pop(ref), answer(ref)
+            if is_failure(value):
+                problems[rank] = value
+    return problems
+
+
+class RayPending(Pending):
+    """The answers of all ranks to one call.
+
+    Args:
+        refs: for each rank the references of its answer and of its columns.
+        merge: makes the result of the answers (see `RoleProcess.run`) and the blocks of columns.
+    """
+
+    def __init__(
+        self,
+        members: Members,
+        method: str,
+        refs: Sequence[tuple[ray.ObjectRef, ray.ObjectRef]],
+        deadline: Deadline,
+        merge: Callable[[list[Any], list[Block]], Any],
+    ):
+        self._members, self._method, self._merge = members, method, merge
+        self.deadline = deadline
+        self._waiting = {answer_ref: rank for rank, (answer_ref, _) in enumerate(refs)}
+        self._blocks = [Block(columns) for _, columns in refs]
+        self._answers: list[Any] = [None] * len(refs)
+        self._error: RoleFailed | None = None
+        self._value: Any = None
+        self._merged = False
+
+    @property
+    def waiting(self) -> list[ray.ObjectRef]:
+        return list(self._waiting)
+
+    def done(self) -> bool:
+        self._advance(0.0)
+        return self._error is not None or not self._waiting
+
+    def result(self) -> Any:
+        while not self.done():
+            self._advance(self.deadline.left())
+        if self._error is not None:
+            raise self._error
+        if not self._merged:
+            self._value, self._merged = self._merge(self._answers, self._blocks), True
+        return self._value
+
+    def _advance(self, timeout: float) -> None:
+        """Take in what is there, or comes within ``timeout``."""
+        if self._error is not None or not self._waiting:
+            return
+        ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=timeout)
+        if ready:
+            ready, _ = ray.wait(list(self._waiting), num_returns=len(self._waiting), timeout=0)
+        elif self.deadline.left() == 0:
+            rank = min(self._waiting.values())
+            self._error = self._members.late(rank, self._method, self.deadline)
+        problems: dict[int, Failure | RayError] = {}
+        for ref in ready:
+            rank, value = self._waiting.pop(ref), answer(ref)
+            self._answers[rank] = value
+            if is_failure(value):
+                problems[rank] = value
+        if problems:
+            problems = collect_failures(self._waiting, problems)
+            rank, problem = root_failure(problems)
+            self._error = self._members.failed(rank, self._method, problem)
+
+
+def wait_any_ray(pendings: Sequence[Pending], timeout: float | None) -> list[Pending]:
+    """`rayrlhf.cluster.group.wait_any` for calls which are not done yet."""
+    calls = [p for p in pendings if isinstance(p, RayPending)]
+    end = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = min(p.deadline.left() for p in calls)
+        if end is not None:
+            left = min(left, max(0.0, end - time.monotonic()))
+        refs = [ref for p in calls for ref in p.waiting]
+        if refs:
+            ray.wait(refs, num_returns=1, timeout=left)
+        done = [p for p in pendings if p.done()]
+        if done or (end is not None and time.monotonic() >= end):
+            return done
+
+
+class RayStream(Iterator[Batch]):
+    """The batches of a generator on each rank, as they come."""
+
+    def __init__(self, members: Members, method: str, generators: Sequence[Any], deadlines: Sequence[Deadline]):
+        self._members, self._method = members, method
+        self._generators = dict(enumerate(generators))
+        self._deadlines = deadlines
+        self._columns: dict[int, ray.ObjectRef] = {}
+
+    def __next__(self) -> Batch:
+        while self._generators:
+            for rank in self._ready():
+                batch = self._take(rank)
+                if batch is not None:
+                    return batch
+        raise StopIteration
+
+    def _ready(self) -> list[int]:
+        """Ranks with something to take, in their order; waits for the first of them."""
+        generators = self._generators
+        left = min(self._deadlines[rank].left() for rank in generators)
+        ready, _ = ray.wait(list(generators.values()), num_returns=1, timeout=left, fetch_local=False)
+        if not ready:
+            rank = min(generators, key=lambda r: self._deadlines[r].end)
+            self._generators = {}
+            raise self._members.late(rank, self._method, self._deadlines[rank])
+        ready, _ = ray.wait(list(generators.values()), num_returns=len(generators), timeout=0, fetch_local=False)
+        return [rank for rank, generator in generators.items() if any(generator is r for r in ready)]
+
+    def _take(self, rank: int) -> Batch | None:
+        """The next object of a rank: columns are held until the rest of their batch is there."""
+        try:
+            ref = next(self._generators[rank])
+        except StopIteration:
+            del self._generators[rank]
+            if rank in self._columns:  # the stream broke off: what came last is an error, not columns
+                self._fail(rank, answer(self._columns.pop(rank)))
+            return None
+        if rank not in self._columns:
+            self._columns[rank] = ref
+            return None
+        columns, wire = self._columns.pop(rank), answer(ref)
+        if is_failure(wire):
+            self._fail(rank, wire)
+        self._deadlines[rank].restart()
+        return from_wire(wire, Block(columns))
+
+    def _fail(self, rank: int, problem: Any) -> None:
+        if not is_failure(problem):
+            problem = RayError("the stream broke off")
+        self._generators = {}
+        raise self._members.failed(rank, self._method, problem)
+
+
+def ask_quietly(refs: Sequence[ray.ObjectRef], seconds: float) -> None:
+    """Wait for calls whose failure makes no difference any more: their processes are about to be ended."""
+    try:
+        ray.get(list(refs), timeout=seconds)
+    except (RayError, GetTimeoutError):
+        return

@@ -1,0 +1,145 @@
+"""What runs in a role's process. It is light: the role's own module is imported when the role is built."""
+
+from __future__ import annotations
+
+import glob
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from rayrlhf.batch import Batch
+from rayrlhf.cluster.clock import BusyClock
+from rayrlhf.cluster.columns import WireBatch, from_wire, to_wire
+from rayrlhf.cluster.errors import Failure
+from rayrlhf.cluster.group import check_chunk, check_new_columns
+from rayrlhf.cluster.spec import load_class
+from rayrlhf.models.world import World
+
+__all__ = ["ProcessInfo", "RoleProcess"]
+
+_END = object()
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """Where a role's process is."""
+
+    pid: int
+    node_id: str
+    address: str
+    """IP address of its node."""
+    port: int
+    """A port that is free there."""
+    log: str | None
+    """Its log file on that node."""
+
+
+class RoleProcess:
+    """Runs one rank of a role as a Ray actor. Exceptions are handed back as data (`Failure`)."""
+
+    def __init__(self) -> None:
+        self._role: Any = None
+        self._clock = BusyClock()
+        self._reserved: socket.socket | None = None
+
+    def describe(self) -> ProcessInfo:
+        """Where this process is. The port stays reserved until the role is built."""
+        self._reserved = socket.socket()
+        self._reserved.bind(("", 0))
+        context = ray.get_runtime_context()
+        return ProcessInfo(
+            pid=os.getpid(),
+            node_id=context.get_node_id(),
+            address=ray.util.get_node_ip_address(),
+            port=self._reserved.getsockname()[1],
+            log=_own_log(),
+        )
+
+    def build(self, build: str, world: World, kwargs: Mapping[str, Any]) -> bool | Failure:
+        """Import and construct the role; returns whether it has a ``close``."""
+        if self._reserved is not None:
+            self._reserved.close()
+        try:
+            self._role = load_class(build)(world=world, **kwargs)
+            return hasattr(self._role, "close")
+        except (Exception, SystemExit) as error:
+            return _failure(error)
+
+    def run(
+        self, method: str, shard: WireBatch | None, kwargs: Mapping[str, Any]
+    ) -> tuple[WireBatch | Failure | tuple[Any], dict[str, Any] | None]:
+        """Call the role.
+
+        Returns:
+            A small answer (a batch of references, or any other value in a tuple), and apart from it the columns that
+            the role computed.
+        """
+        try:
+            if method == "take_busy":
+                return (self._clock.take_busy(),), None
+            with self._clock.timed(method):
+                arguments = _arguments(kwargs)
+                if shard is None:
+                    value = getattr(self._role, method)(**arguments)
+                    if not isinstance(value, Batch):
+                        return (value,), None
+                    return to_wire(value)
+                batch = from_wire(shard)
+                result = getattr(self._role, method)(batch, **arguments)
+                return to_wire(check_new_columns(result, batch, method))
+        except (Exception, SystemExit) as error:
+            return _failure(error), None
+
+    def stream(self, method: str, shard: WireBatch, kwargs: Mapping[str, Any]) -> Iterator[Any]:
+        """Call a generator of the role.
+
+        Yields:
+            Two objects for each of its batches: first the columns, then the small rest, so that the columns are there
+            once the rest is.
+        """
+        try:
+            chunks = iter(getattr(self._role, method)(from_wire(shard), **_arguments(kwargs)))
+            while True:
+                with self._clock.timed(method):
+                    chunk = next(chunks, _END)
+                if chunk is _END:
+                    return
+                wire, columns = to_wire(check_chunk(chunk, method))
+                yield columns
+                yield wire
+        except (Exception, SystemExit) as error:
+            yield None
+            yield _failure(error)
+
+    def close(self) -> None:
+        if hasattr(self._role, "close"):
+            self._role.close()
+
+
+def _arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: from_wire(v) if isinstance(v, WireBatch) else v for name, v in kwargs.items()}
+
+
+def _failure(error: BaseException) -> Failure:
+    sys.stdout.flush()
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), "the role raised:", file=sys.stderr)
+    traceback.print_exception(error, file=sys.stderr)
+    sys.stderr.flush()
+    return Failure.of(error)
+
+
+def _own_log() -> str | None:
+    """The file to which Ray writes this process's stderr."""
+    node = ray._private.worker.global_worker.node
+    if node is None:
+        return None
+    folder = node.get_logs_dir_path()
+    found = glob.glob(os.path.join(folder, f"worker-*-{os.getpid()}.err"))
+    return found[0] if found else None

@@ -1,0 +1,78 @@
+"""What a role needs in order to come up."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayrlhf.config.schema import ClusterConfig
+
+__all__ = ["RoleSpec", "load_class", "process_env", "thread_count"]
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """One role: its class, its arguments and its processes.
+
+    The class is constructed once a rank as ``Class(world=World(...), **kwargs)``, and knows nothing of Ray.
+    """
+
+    name: str
+    """Name of the group in messages and in the result of `start_groups`."""
+    build: str
+    """Import string ``module:Class``. The module is imported only in the role's own process."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the constructor, besides ``world``; must be picklable."""
+    ranks: int = 1
+    """Data-parallel processes."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables which must be set before the module is imported."""
+    gpus_per_rank: float = 0.0
+    """GPUs of each process; a fraction shares one."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"role {self.name!r}: ranks must be at least 1, found {self.ranks}")
+        if self.gpus_per_rank < 0 or (self.gpus_per_rank > 1 and self.gpus_per_rank % 1):
+            raise ValueError(
+                f"role {self.name!r}: gpus_per_rank must be 0, a share of one GPU or a whole number, "
+                f"found {self.gpus_per_rank}"
+            )
+        module, colon, name = self.build.partition(":")
+        if not (module and colon and name):
+            raise ValueError(f"role {self.name!r}: build must read 'module:Class', found {self.build!r}")
+
+
+def load_class(build: str) -> Any:
+    """Import ``module:Class``.
+
+    Raises:
+        ImportError: where the module can't be imported or has no such class.
+    """
+    module_name, _, name = build.partition(":")
+    module = importlib.import_module(module_name)
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        raise ImportError(f"module {module_name!r} has no class {name!r}") from error
+
+
+def thread_count(settings: ClusterConfig) -> int:
+    """Threads of each process: the configured number, else the user's OMP_NUM_THREADS, else the cores we may use."""
+    if settings.threads is not None:
+        return settings.threads
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def process_env(spec: RoleSpec, settings: ClusterConfig) -> dict[str, str]:
+    """Environment of a role's process. OpenMP threads which spin at barriers take the cores away from other roles."""
+    threads = {"OMP_NUM_THREADS": str(thread_count(settings)), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**threads, **spec.env}

@@ -1,0 +1,279 @@
+"""Rules across keys: reward sources, models, data, evaluation, and where roles run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rayrlhf.config.derive import uses_policy_as_reference
+from rayrlhf.config.rulebook import Violation, rule
+from rayrlhf.config.schema import Config
+from rayrlhf.config.trainers import ReferenceConfig
+
+__all__ = ["source_name"]
+
+DATA_FILES = (".jsonl", ".json", ".parquet", ".csv")
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_MODEL_ROLES = ("policy", "critic", "reference")
+
+
+def source_name(name: str | None, function: str | None, model: str | None) -> str:
+    """A reward source's name in the metrics: as given, or the function's name or the model's last path component."""
+    return name or (function or "").rpartition(":")[2] or (model or "").rstrip("/").rpartition("/")[2]
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# -- reward -----------------------------------------------------------------------------------------------------
+
+
+@rule(sources=True)
+def _one_kind_of_source(config: Config, index: int) -> Iterator[Violation]:
+    """Each of `reward.sources` has exactly one of `function` and `model`."""
+    key, source = f"reward.sources.{index}", config.reward.sources[index]
+    if source.function is not None and source.model is not None:
+        yield Violation(
+            (key,),
+            f"found both the function {source.function} and the model {source.model}; legal: one of them (two sources"
+            " add up)",
+        )
+    if source.function is None and source.model is None:
+        yield Violation((key,), "found neither function nor model; legal: exactly one of them")
+
+
+@rule(sources=True)
+def _function_is_import_path(config: Config, index: int) -> Iterator[Violation]:
+    """`function` of a reward source is `package.module:function`."""
+    found = config.reward.sources[index].function
+    if found is None:
+        return
+    module, colon, function = found.partition(":")
+    if colon and all(part.isidentifier() for part in [*module.split("."), *function.split(".")]):
+        return
+    module, _, function = found.rpartition(":") if colon else found.rpartition(".")
+    guess = f"{module.removesuffix('.py').strip('./').replace('/', '.')}:{function}"
+    fits = all(part.isidentifier() for part in [*guess.partition(":")[0].split("."), function]) and function != "py"
+    yield Violation(
+        (f"reward.sources.{index}.function",),
+        f"found {found!r}; legal: package.module:function" + (f", so {guess}" if fits else ", as in my_rewards:score"),
+    )
+
+
+@rule()
+def _unique_sources(config: Config) -> Iterator[Violation]:
+    """The names of `reward.sources` differ: they are names of metrics."""
+    first: dict[str, int] = {}
+    for index, source in enumerate(config.reward.sources):
+        name = source_name(source.name, source.function, source.model)
+        if name and name in first:
+            yield Violation(
+                (f"reward.sources.{index}.name", f"reward.sources.{index}.function", f"reward.sources.{index}.model"),
+                f"found {name!r}, the name of reward.sources.{first[name]} too (by default the function's or the"
+                " model's); legal: a name"
+                f" of its own, {name}_{index}, say",
+            )
+        first.setdefault(name, index)
+
+
+@rule()
+def _length_penalty_applies(config: Config) -> Iterator[Violation]:
+    """`reward.length_penalty_from` needs `reward.length_penalty`, and is less than `rollout.max_response_tokens`."""
+    start, penalty, longest = (
+        config.reward.length_penalty_from,
+        config.reward.length_penalty,
+        config.rollout.max_response_tokens,
+    )
+    if penalty == 0 and start > 0:
+        yield Violation(
+            ("reward.length_penalty_from", "reward.length_penalty"),
+            f"found {start}, but reward.length_penalty is 0, so nothing is subtracted; legal: 0, or a"
+            " reward.length_penalty above 0",
+        )
+    if penalty > 0 and start >= longest:
+        yield Violation(
+            ("reward.length_penalty_from", "rollout.max_response_tokens"),
+            f"found {start}, but no response has more than {longest} tokens (rollout.max_response_tokens), so nothing"
+            " is ever"
+            f" subtracted; legal: at most {longest - 1}",
+        )
+
+
+# -- models -----------------------------------------------------------------------------------------------------
+
+
+@rule(*_MODEL_ROLES)
+def _flash_attention_runs(config: Config, role: str) -> Iterator[Violation]:
+    """`attention: flash_attention_2` needs `dtype: bfloat16` and `cluster.device: cuda`."""
+    section = getattr(config, role)
+    if section is None or section.attention != "flash_attention_2":
+        return
+    wrong = [f"{role}.dtype {section.dtype}"] if section.dtype != "bfloat16" else []
+    wrong += [f"cluster.device {config.cluster.device}"] if config.cluster.device != "cuda" else []
+    if wrong:
+        yield Violation(
+            (f"{role}.attention", f"{role}.dtype", "cluster.device"),
+            f"found flash_attention_2 with {' and '.join(wrong)}; legal: sdpa or eager, or bfloat16 on cuda",
+        )
+
+
+@rule(*_MODEL_ROLES)
+def _packing_has_boundaries(config: Config, role: str) -> Iterator[Violation]:
+    """`packing: true` needs the attention `sdpa` or `flash_attention_2`."""
+    section = getattr(config, role)
+    if section is not None and section.packing and section.attention == "eager":
+        yield Violation(
+            (f"{role}.packing", f"{role}.attention"),
+            f"found true with {role}.attention eager; legal: false, or the attention sdpa or flash_attention_2",
+        )
+
+
+@rule()
+def _shared_reference_has_policy_settings(config: Config) -> Iterator[Violation]:
+    """A `reference` that is the policy without its LoRA adapters leaves `dtype`, `attention`, `packing`, `ranks` and
+    `trust_remote_code` to the policy."""
+    if not uses_policy_as_reference(config):
+        return
+    for name in ("dtype", "attention", "packing", "ranks", "trust_remote_code"):
+        found, default = getattr(config.reference, name), ReferenceConfig.model_fields[name].default
+        if found != default:
+            yield Violation(
+                (f"reference.{name}", "policy.lora", "reference.path"),
+                f"found {_yaml(found)}, which would never be used: with policy.lora and no reference.path the"
+                " reference is the policy with"
+                f" its adapters off; legal: {_yaml(default)} (leave it out), or a reference.path",
+            )
+
+
+@rule(*_MODEL_ROLES)
+def _path_is_model(config: Config, role: str) -> Iterator[Violation]:
+    """`path` of a model is a folder, a name or a .gguf file, not another weight file."""
+    section = getattr(config, role)
+    if section is not None and section.path is not None and section.path.endswith(_WEIGHT_FILES):
+        folder = section.path.rpartition("/")[0] or "."
+        yield Violation(
+            (f"{role}.path",),
+            f"found the weight file {section.path!r}; legal: the folder with config.json, the tokenizer and the"
+            f" weights ({folder!r}?),"
+            " a Hugging Face name, a .gguf file or package:NAME",
+        )
+
+
+# -- data and evaluation ----------------------------------------------------------------------------------------
+
+
+@rule()
+def _template_for_system_prompt(config: Config) -> Iterator[Violation]:
+    """`data.system_prompt` and `policy.chat_template` need `data.chat_template` `auto` or `always`."""
+    if config.data.chat_template != "never":
+        return
+    for key, found in (
+        ("data.system_prompt", config.data.system_prompt),
+        ("policy.chat_template", config.policy.chat_template),
+    ):
+        if found is not None:
+            yield Violation(
+                (key, "data.chat_template"),
+                f"found {found!r}, but with data.chat_template never no chat template is applied; legal: null, or"
+                " data.chat_template"
+                " auto or always",
+            )
+
+
+@rule()
+def _files_have_no_splits(config: Config) -> Iterator[Violation]:
+    """`data.split` and `data.subset` are for Hugging Face datasets: files have neither."""
+    paths = [path for path in (config.data.prompts, config.data.eval_prompts) if path is not None]
+    if not all(path.endswith(DATA_FILES) for path in paths):
+        return
+    if config.data.split != "train":
+        yield Violation(
+            ("data.split", "data.prompts"),
+            f"found {config.data.split!r}, but {config.data.prompts} is a file and has no splits; legal: leave it out",
+        )
+    if config.data.subset is not None:
+        yield Violation(
+            ("data.subset", "data.prompts"),
+            f"found {config.data.subset!r}, but {config.data.prompts} is a file and has no subsets; legal: null",
+        )
+
+
+@rule()
+def _prompts_are_left(config: Config) -> Iterator[Violation]:
+    """`data.limit` is more than `evaluation.prompts`, where those are taken out of `data.prompts`."""
+    limit, held_out = config.data.limit, config.evaluation.prompts
+    if limit is not None and config.data.eval_prompts is None and limit <= held_out:
+        yield Violation(
+            ("data.limit", "evaluation.prompts"),
+            f"found {limit}, of which evaluation.prompts {held_out} are held out, so none is left to train on; legal:"
+            " at least"
+            f" {held_out + 1}, or data.eval_prompts",
+        )
+
+
+@rule()
+def _evaluation_has_prompts(config: Config) -> Iterator[Violation]:
+    """`evaluation.every_steps` and `data.eval_prompts` need `evaluation.prompts` above 0."""
+    if config.evaluation.prompts > 0:
+        return
+    if config.evaluation.every_steps > 0:
+        yield Violation(
+            ("evaluation.every_steps", "evaluation.prompts"),
+            f"found {config.evaluation.every_steps}, but evaluation.prompts is 0, so nothing is evaluated; legal: 0, or"
+            " evaluation.prompts above 0",
+        )
+    if config.data.eval_prompts is not None:
+        yield Violation(
+            ("data.eval_prompts", "evaluation.prompts"),
+            f"found {config.data.eval_prompts!r}, but evaluation.prompts is 0, so nothing is evaluated; legal: null, or"
+            " evaluation.prompts above 0",
+        )
+
+
+# -- where it runs ----------------------------------------------------------------------------------------------
+
+
+@rule("policy", "critic", "reference", "reward", "rollout")
+def _inline_is_one_process(config: Config, role: str) -> Iterator[Violation]:
+    """`cluster.executor: inline` needs all `ranks` and `rollout.engines` to be 1."""
+    section = getattr(config, role)
+    name = "engines" if role == "rollout" else "ranks"
+    if config.cluster.executor == "inline" and section is not None and getattr(section, name) > 1:
+        yield Violation(
+            (f"{role}.{name}", "cluster.executor"),
+            f"found {getattr(section, name)}, but cluster.executor inline runs every role in the driver's one process;"
+            " legal: 1, or the"
+            " executor ray",
+        )
+
+
+@rule()
+def _inline_has_no_ray(config: Config) -> Iterator[Violation]:
+    """`cluster.address` and `rollout.weight_transport: object_store` need `cluster.executor: ray`."""
+    if config.cluster.executor == "ray":
+        return
+    if config.cluster.address is not None:
+        yield Violation(
+            ("cluster.address", "cluster.executor"),
+            f"found {config.cluster.address!r}, but cluster.executor inline uses no Ray; legal: null, or the executor"
+            " ray",
+        )
+    if config.rollout.weight_transport == "object_store":
+        yield Violation(
+            ("rollout.weight_transport", "cluster.executor"),
+            "found object_store, which is Ray's, but cluster.executor inline uses no Ray; legal: auto or"
+            " shared_memory, or the executor ray",
+        )
+
+
+@rule()
+def _cache_is_vllms(config: Config) -> Iterator[Violation]:
+    """`rollout.kv_cache_gib` needs `rollout.engine: vllm`."""
+    if config.rollout.engine != "vllm" and config.rollout.kv_cache_gib is not None:
+        yield Violation(
+            ("rollout.kv_cache_gib", "rollout.engine"),
+            f"found {config.rollout.kv_cache_gib:g}, but rollout.engine {config.rollout.engine} has no cache of a"
+            " fixed size; legal: null,"
+            " or the engine vllm",
+        )

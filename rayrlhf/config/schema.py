@@ -1,0 +1,267 @@
+"""Every key of a configuration, with its type, unit, default and meaning.
+
+Sizes of batches are always said in prompts, samples or tokens, for the whole cluster; what falls to one device is
+derived (`rayrlhf.config.derive`). This module imports neither torch nor ray nor vllm.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from rayrlhf.config.trainers import CriticConfig, PolicyConfig, Positive, ReferenceConfig, Section, Text
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "MonitoringConfig",
+    "PPOConfig",
+    "RewardConfig",
+    "RewardSource",
+    "RolloutConfig",
+]
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class DataConfig(Section):
+    prompts: Text
+    """Training prompts: a .jsonl, .json, .parquet or .csv file, or the name of a Hugging Face dataset."""
+    split: Text = "train"
+    """Split of a Hugging Face dataset. Files have no splits."""
+    subset: Text | None = None
+    """Configuration name of a Hugging Face dataset that has several."""
+    prompt_column: Text = "prompt"
+    """Column with the prompt: a string, or a list of messages ``{role, content}``."""
+    completion_column: Text | None = None
+    """Column with a known good continuation, used only for the held-out NLL of evaluations."""
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    """When the model's chat template is applied. ``auto``: to prompts that are lists of messages. ``always``: a plain
+    string becomes one user message. ``never``: plain strings only."""
+    system_prompt: Text | None = None
+    """System message that is put before each conversation which has none."""
+    max_prompt_tokens: Positive = 512
+    """Longest prompt, in tokens, with the chat template."""
+    overlong_prompts: Literal["drop", "truncate_left", "refuse"] = "drop"
+    """What happens to longer prompts: dropped, cut at their beginning, or the run is refused. The counts are shown."""
+    shuffle: bool = True
+    """New order of the prompts in each epoch, from the run's seed."""
+    limit: Positive | None = None
+    """Use only the first so many prompts of the file."""
+    eval_prompts: Text | None = None
+    """Held-out prompts for evaluation: a file or dataset name as in ``prompts``. Without it they are taken out of
+    ``prompts``."""
+
+
+class RewardSource(Section):
+    """One source of reward. Exactly one of ``function`` and ``model`` is given."""
+
+    name: Text | None = None
+    """Name in the metrics; by default the function's name or the model's last path component."""
+    function: Text | None = None
+    """Import path ``package.module:function``. Called with ``prompts`` and ``responses`` (lists of strings) and, where
+    its signature names them, further columns of the data; returns one number for each response."""
+    model: Text | None = None
+    """Sequence-classification model with one label: a folder or a Hugging Face name."""
+    weight: float = 1.0
+    """Factor in the weighted sum of all sources."""
+
+
+class RewardConfig(Section):
+    sources: list[RewardSource] = Field(min_length=1)
+    """What is added up to the score of a response."""
+    normalize: bool = False
+    """Subtract the running mean of all scores so far and divide by their running deviation."""
+    clip: float | None = Field(default=None, gt=0)
+    """Scores are clipped to ± this, after the normalisation."""
+    length_penalty: float = Field(default=0.0, ge=0)
+    """Subtracted for each response token beyond ``length_penalty_from``, after the clipping."""
+    length_penalty_from: int = Field(default=0, ge=0)
+    """Response tokens that cost nothing."""
+    missing_eos_penalty: float = Field(default=0.0, ge=0)
+    """Subtracted, after the clipping, from a response that was cut by the length limit."""
+    ranks: Positive = 1
+    """Processes (GPUs) over which the scoring is spread."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of reward models."""
+    tokens_per_micro_batch: Positive = 16384
+    """Tokens that a reward model sees in one forward, on one device."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What generates. ``transformers`` is slow, and needs no vLLM."""
+    engines: Positive = 1
+    """Number of engines; prompts are dealt out to them by token count."""
+    samples_per_prompt: Positive = 1
+    """Responses that are sampled for each prompt."""
+    max_response_tokens: Positive = 256
+    """Longest response, in tokens, EOS included."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; the trainers' log-probabilities use it too."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; below 1 only without importance-sampling correction."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep the k likeliest tokens; 0 keeps all. Above 0 only without importance-sampling correction."""
+    stop: list[Text] = []
+    """Strings that end a response, besides the EOS tokens. They stay part of the response."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the engine's weights; by default the policy's compute type."""
+    max_num_seqs: Positive = 256
+    """Sequences that one engine decodes at the same time."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Size of one engine's KV cache in GiB. By default computed on a CPU from ``max_num_seqs`` and the lengths; on a
+    GPU what ``gpu_memory_fraction`` leaves."""
+    gpu_memory_fraction: float = Field(default=0.4, gt=0, le=1)
+    """Share of a GPU's memory for weights and KV cache of an engine."""
+    enforce_eager: bool = False
+    """Do without CUDA graphs. Always so on a CPU."""
+    chunk_samples: Positive = 16
+    """Finished samples that an engine hands over at once: scoring starts with the first chunk."""
+    weight_transport: Literal["auto", "shared_memory", "object_store"] = "auto"
+    """How new weights reach the engines: through /dev/shm (one machine), or Ray's object store (any number). ``auto``
+    takes shared memory where all roles are on one machine."""
+    weight_bucket_mib: float = Field(default=256.0, gt=0)
+    """Size of one bucket of the weight transfer in MiB; a larger tensor gets a bucket of its own."""
+    verify_weights: Literal["start", "always"] = "start"
+    """When the engines' weights are compared with the trainer's by checksum: at start-up, or after each transfer
+    too."""
+
+
+class PPOConfig(Section):
+    steps: Positive
+    """Rollout-and-update rounds of the whole run."""
+    prompts_per_step: Positive
+    """Prompts of one step, for the whole cluster."""
+    minibatch_samples: Positive
+    """Samples of one optimizer step, for the whole cluster; must divide prompts_per_step * samples_per_prompt."""
+    ppo_epochs: Positive = 1
+    """Passes over the samples of a step."""
+    advantage_estimator: Literal["gae", "rloo", "grpo"] = "gae"
+    """``gae`` needs a critic; ``rloo`` (leave-one-out) and ``grpo`` (group-normalised) compare the samples of a
+    prompt."""
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount for each token."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """Lambda of generalised advantage estimation."""
+    whiten_advantages: bool | None = None
+    """Advantages to mean 0 and deviation 1 over all response tokens of the step; by default with ``gae`` only."""
+    truncated_responses: Literal["terminal", "bootstrap", "mask"] = "terminal"
+    """How a response ends that was cut by the length limit: as if it were complete, with the critic's value of its last
+    state, or it isn't trained on."""
+    clip_range: float = Field(default=0.2, gt=0, lt=1)
+    """The probability ratio is clipped below at 1 - clip_range."""
+    clip_range_high: float | None = Field(default=None, gt=0)
+    """The ratio is clipped above at 1 + clip_range_high; by default the same as ``clip_range``."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bound of the loss where the advantage is negative, in multiples of it; none by default."""
+    clip_range_value: float | None = Field(default=0.2, gt=0)
+    """New values stay within ± this of the old ones in the clipped value loss; null for none."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Factor of the entropy bonus in the policy's loss."""
+    loss_aggregation: Literal[
+        "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "fixed_denominator"
+    ] = "token_mean"
+    """How the token losses of an optimizer step become one number."""
+    loss_denominator: float | None = Field(default=None, gt=0)
+    """Denominator of ``fixed_denominator``: tokens an optimizer step."""
+    kl_coef: float = Field(default=0.05, ge=0)
+    """Factor of the KL to the reference in the token rewards; the first value where it adapts."""
+    kl_loss_coef: float = Field(default=0.0, ge=0)
+    """Factor of a KL term in the policy's loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL in the token rewards."""
+    kl_loss_estimator: Literal["k1", "k2", "k3"] = "k2"
+    """Estimator of the KL term in the loss."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """Whether ``kl_coef`` moves towards ``target_kl``."""
+    target_kl: float | None = Field(default=None, gt=0)
+    """KL to the reference that the adaptive controller aims at, in nats a sequence."""
+    kl_horizon: float = Field(default=10000.0, gt=0)
+    """Samples over which the adaptive controller acts: the longer, the gentler."""
+    importance_sampling_cap: float | None = Field(default=2.0, ge=1)
+    """Cap of the truncated importance weights which correct for the difference between rollout engine and trainer;
+    null: off."""
+    max_skipped_steps: Positive = 3
+    """So many optimizer steps with non-finite loss or gradient, one after the other, end the run."""
+
+
+class EvaluationConfig(Section):
+    prompts: int = Field(default=64, ge=0)
+    """Held-out prompts of an evaluation. 0: none is made."""
+    every_steps: int = Field(default=0, ge=0)
+    """Evaluate after every so many steps; 0: before the first step and after the last only."""
+    samples_shown: int = Field(default=3, ge=0)
+    """Pairs of samples, before and after, that the comparison shows at the end."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(default=0, ge=0)
+    """Save after every so many steps, and after the last; 0: after the last only."""
+    keep: Positive = 2
+    """Checkpoints that are kept; older ones are removed."""
+
+
+class MonitoringConfig(Section):
+    progress: Literal["auto", "table", "lines", "none"] = "auto"
+    """Live table, one line a step, or nothing; ``auto`` takes the table on a terminal, else lines."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+    wandb_project: Text | None = None
+    """Log to this Weights & Biases project; needs ``pip install wandb``."""
+    samples_per_step: int = Field(default=4, ge=0)
+    """Samples of each step that are written to samples.jsonl."""
+
+
+class ClusterConfig(Section):
+    executor: Literal["ray", "inline"] = "ray"
+    """``ray``: each role in processes of its own. ``inline``: every role in the driver's process, for a debugger."""
+    address: Text | None = None
+    """Ray cluster to join: ``auto`` or ``host:port``. Without it a Ray of its own is started on this machine."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the models run."""
+    threads: Positive | None = None
+    """Threads of each process on a CPU; by default all cores that the machine gives us."""
+    start_timeout_s: Seconds = 600.0
+    """Deadline, in seconds, for all roles to come up."""
+    call_timeout_s: Seconds = 1800.0
+    """Deadline, in seconds, of each call of a role."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    model_config = ConfigDict(title="rayrlhf configuration")
+
+    algorithm: Literal["ppo"] = "ppo"
+    """What is trained."""
+    run_dir: Text
+    """Folder of the run: configuration, metrics, samples, checkpoints, model. Made where it doesn't exist."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Everything random is derived from it."""
+    policy: PolicyConfig
+    """The model that is trained."""
+    critic: CriticConfig | None = CriticConfig()
+    """The value model, for ``gae``; null for the other estimators."""
+    reference: ReferenceConfig | None = ReferenceConfig()
+    """The frozen model that the KL is measured to; null for none."""
+    reward: RewardConfig
+    """What scores responses."""
+    rollout: RolloutConfig = RolloutConfig()
+    """What generates responses, and how."""
+    data: DataConfig
+    """Where prompts come from."""
+    ppo: PPOConfig
+    """The algorithm."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Comparison on held-out prompts."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the state of the run is saved."""
+    monitoring: MonitoringConfig = MonitoringConfig()
+    """What is shown and written down."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Where the roles run."""

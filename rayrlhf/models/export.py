@@ -1,0 +1,100 @@
+"""A trained model's weights under their Hugging Face names, with adapters merged, whatever ZeRO stage holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["gathered_adapters", "named_weights", "save_model_folder"]
+
+
+def named_weights(lm: nn.Module, *, zero_stage: int, group_bytes: int = 2**28) -> Iterator[tuple[str, Tensor]]:
+    """Weights one by one, as `from_pretrained` names them; a tied weight comes once.
+
+    With LoRA, W + scale * B A stands in place of W (Hu et al. 2021, eq. 3). Under ZeRO-3 the parameters are gathered
+    in groups of about ``group_bytes``; all ranks must go through the whole iterator together.
+
+    Yields:
+        (name, tensor); the tensor is only valid until the next one is asked for.
+    """
+    group: list[tuple[str, nn.Module | None, Tensor]] = []
+    size = 0
+    for entry in _entries(lm):
+        group.append(entry)
+        size += _full_bytes(entry[2])
+        if size >= group_bytes:
+            yield from _gathered(group, zero_stage)
+            group, size = [], 0
+    if group:
+        yield from _gathered(group, zero_stage)
+
+
+def _entries(lm: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
+    """(name, LoRA layer or None, parameter) of each base weight."""
+    layers = {name: m for name, m in lm.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    for name, parameter in lm.named_parameters(remove_duplicate=True):
+        owner = next((prefix for prefix in _prefixes(name) if prefix in layers), None)
+        if owner is None:
+            yield name, None, parameter
+        elif name.startswith(f"{owner}.base_layer."):
+            part = name.removeprefix(f"{owner}.base_layer.")
+            yield f"{owner}.{part}", layers[owner] if part == "weight" else None, parameter
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _full_bytes(parameter: Tensor) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+
+
+def _gathered(group: list[tuple[str, nn.Module | None, Tensor]], zero_stage: int) -> Iterator[tuple[str, Tensor]]:
+    needed = [p for _, _, p in group]
+    for _, layer, _ in group:
+        if layer is not None:
+            needed += [p for n, p in layer.named_parameters() if "lora_" in n]
+    with _whole(needed, zero_stage), torch.no_grad():
+        for name, layer, parameter in group:
+            weight = parameter.detach()
+            if layer is not None:
+                delta = sum(layer.get_delta_weight(a) for a in layer.active_adapters)  # type: ignore[operator, union-attr]
+                weight = weight + delta.to(weight.dtype)
+            yield name, weight
+
+
+def _whole(parameters: list[Any], zero_stage: int) -> Any:
+    """Within it every rank sees these parameters whole."""
+    if zero_stage < 3:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def gathered_adapters(lm: nn.Module, *, zero_stage: int) -> Any:
+    """A context in which every rank sees all adapter weights whole."""
+    return _whole([p for n, p in lm.named_parameters() if "lora_" in n], zero_stage)
+
+
+def save_model_folder(lm: nn.Module, weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
+    """Write a Hugging Face folder: configuration and safetensors in ``dtype``. Called on one rank."""
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: weight.to("cpu", dtype, copy=True).contiguous() for name, weight in weights}
+    save_torch_state_dict(state, folder)
+    config = lm.config
+    before, config.dtype = config.dtype, dtype
+    config.save_pretrained(folder)
+    config.dtype = before
+    if getattr(lm, "generation_config", None) is not None:
+        # As it was read: `save_pretrained` would refuse some that models are published with, after all the training.
+        lm.generation_config.to_json_file(folder / "generation_config.json")

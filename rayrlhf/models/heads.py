@@ -1,0 +1,79 @@
+"""The three models that roles run: token log-probabilities, values, scores, each over a Hugging Face backbone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rayrlhf.models.layout import ModelInput
+from rayrlhf.models.logprobs import token_logprobs_and_entropy
+
+__all__ = ["PolicyModel", "ScalarModel", "output_logits"]
+
+
+def output_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits [N, V] of hidden states [N, H], as the model's own forward makes them.
+
+    Some families scale or cap their logits; the three ways that are known are named in the model's configuration.
+    `rayrlhf.models.loading.check_output_head` refuses a model for which this isn't the whole story.
+    """
+    # `forward`, not a call: DeepSpeed's hooks would gather the weight under ZeRO-3 for each chunk, and ranks with different
+    # numbers of chunks would wait for each other for ever. `TrainEngine` sees to it that the weight is there.
+    logits = lm.get_output_embeddings().forward(hidden)
+    config = lm.config.get_text_config()
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _hidden_states(backbone: nn.Module, inputs: ModelInput) -> Tensor:
+    """Last hidden states [B * L, H]."""
+    positions = {} if inputs.position_ids is None else {"position_ids": inputs.position_ids}
+    output = backbone(input_ids=inputs.input_ids, use_cache=False, **positions)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+class PolicyModel(nn.Module):
+    """A causal language model (with or without adapters) as a function from tokens to their log-probabilities."""
+
+    def __init__(self, lm: nn.Module, chunk_tokens: int):
+        super().__init__()
+        self.lm = lm
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, inputs: ModelInput, temperature: float, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies, float32 [N] each, of ``inputs.targets``."""
+        hidden = _hidden_states(self.lm.base_model, inputs)[inputs.predict]
+        return token_logprobs_and_entropy(
+            lambda states: output_logits(self.lm, states),
+            hidden,
+            inputs.targets,
+            temperature=temperature,
+            chunk_tokens=self.chunk_tokens,
+            with_entropy=with_entropy,
+        )
+
+
+class ScalarModel(nn.Module):
+    """A backbone with a linear head that reads one number from a hidden state: the critic, or a reward model."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> float32 [N]. The product is in float32: rounded values would blur small differences."""
+        bias = None if self.head.bias is None else self.head.bias.float()
+        return nn.functional.linear(hidden.float(), self.head.weight.float(), bias)[:, 0]
+
+    def forward(self, inputs: ModelInput) -> tuple[Tensor, Tensor]:
+        """Values before each of ``inputs.targets`` [N], and after the last token of each sample [S]."""
+        hidden = _hidden_states(self.backbone, inputs)
+        both = self.read(torch.cat([hidden[inputs.predict], hidden[inputs.last]]))
+        return both[: len(inputs.predict)], both[len(inputs.predict) :]

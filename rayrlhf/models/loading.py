@@ -1,0 +1,343 @@
+"""Hugging Face models as the roles need them: policy, critic, reference, reward model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from rayrlhf.config.trainers import LoraConfig, ModelConfig
+from rayrlhf.errors import InputRefused
+from rayrlhf.models.heads import ScalarModel, output_logits
+from rayrlhf.models.packing import packs
+
+__all__ = [
+    "add_lora",
+    "check_output_head",
+    "load_causal_lm",
+    "load_config",
+    "load_critic",
+    "load_reward_model",
+    "quiet_loading",
+    "to_model_folder",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+CHANCE = ("drop", "jitter")
+"""What the rates are called with which models draw random numbers in training: dropout, layer drop, router jitter."""
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep progress bars and notes of transformers away from the user's terminal.
+
+    What they would warn of, weights that are missing, is an error here (`_refuse_missing`).
+    """
+    from transformers.utils import logging as hf_logging
+
+    was_on, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if was_on:
+            hf_logging.enable_progress_bar()
+
+
+def _refuse_missing(path: str, found: dict[str, Any]) -> None:
+    """A weight that isn't in the folder would be made up at random."""
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"])[:5])
+        raise InputRefused(f"model {path!r} can't be used: it has no weights for {missing}")
+
+
+# -- where a model lies ---------------------------------------------------------------------------------------------
+
+
+def to_model_folder(path: str, made_folder: Path) -> str:
+    """The folder or hub name that ``path`` stands for; a GGUF file is turned into ``made_folder`` once.
+
+    Args:
+        path: a folder or hub name (returned as it is), a ``.gguf`` file, or ``package:NAME`` for an installed Python
+            package that ships exactly one ``.gguf`` file.
+        made_folder: where the Hugging Face folder is made from a GGUF file: its weights are dequantised to float32.
+
+    Raises:
+        InputRefused: where there is no such file or package.
+    """
+    if path.startswith("package:"):
+        gguf = _gguf_in_package(path.removeprefix("package:"))
+    elif path.endswith(".gguf"):
+        gguf = Path(path)
+        if not gguf.is_file():
+            raise InputRefused(f"{path}: there is no such file")
+    else:
+        return path
+    done = made_folder / "converted_from.json"
+    origin = {"file": gguf.name, "bytes": gguf.stat().st_size}
+    if done.exists() and json.loads(done.read_text()) == origin:
+        return str(made_folder)
+    _convert_gguf(gguf, made_folder)
+    done.write_text(json.dumps(origin) + "\n")
+    return str(made_folder)
+
+
+def _gguf_in_package(name: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputRefused(f"package:{name}: no Python package {name!r} is installed")
+    found = sorted(Path(next(iter(spec.submodule_search_locations))).rglob("*.gguf"))
+    if len(found) != 1:
+        raise InputRefused(f"package:{name}: the package ships {len(found)} .gguf files, exactly one is needed")
+    return found[0]
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    from transformers import GgufConfig
+
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model.config._name_or_path = gguf.stem
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+# -- loading --------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration with every dropout (and its like) at 0: what a role computes must not depend on chance.
+
+    Raises:
+        InputRefused: where there is no model at ``path``.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputRefused(f"{path}: this folder has no config.json, so it is no Hugging Face model")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+        what = "there is no such folder" if looks_local and not folder.exists() else _first_line(error)
+        raise InputRefused(f"model {path!r} can't be read: {what}") from error
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for key, value in vars(part).items() if part is not None else ():
+            if any(word in key for word in CHANCE) and isinstance(value, float):
+                setattr(part, key, 0.0)
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+
+
+def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype) -> nn.Module:
+    """A causal language model on the CPU, without dropout.
+
+    Raises:
+        InputRefused: where weights are missing, or samples shall be packed which the model wouldn't keep apart.
+    """
+    config = load_config(path, trust_remote_code=model.trust_remote_code)
+    with quiet_loading():
+        lm, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+        )
+    _refuse_missing(path, found)
+    _refuse_leaks(path, lm.base_model, model)
+    return without_dropout(lm)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Set every dropout layer's rate to 0, so that ``train()``, which checkpointing needs, changes no result."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def check_output_head(lm: nn.Module) -> None:
+    """Refuse a model whose logits aren't its output layer's over the last hidden states, scaled in a known way.
+
+    Raises:
+        InputRefused: naming the model's class.
+    """
+    ids = torch.arange(1, 5)[None] % lm.config.get_text_config().vocab_size
+    with torch.no_grad():
+        expected = lm(input_ids=ids, use_cache=False).logits[0].float()
+        found = output_logits(lm, lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    # Nearly the same operations: a cap far above these logits must still be seen.
+    tolerance = 1e-3 if lm.dtype == torch.float32 else 2e-2
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
+        raise InputRefused(
+            f"{type(lm).__name__} computes its logits in a way that isn't known here; "
+            "its log-probabilities would be wrong"
+        )
+
+
+def _refuse_leaks(path: str, backbone: nn.Module, model: ModelConfig) -> None:
+    """Refuse to pack samples for a model that looks across their boundary: recurrent ones do, and some attention.
+
+    Flash attention runs on a GPU only, and isn't tried here.
+    """
+    if not packs(model) or model.attention.startswith("flash"):
+        return
+    ids = torch.arange(1, 9)[None] % backbone.config.get_text_config().vocab_size
+    positions = torch.arange(4).repeat(2)[None]
+    with torch.no_grad():
+        packed = backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, 4:].float()
+        alone = backbone(input_ids=ids[:, 4:], use_cache=False).last_hidden_state[0].float()
+    tolerance = 1e-3 if backbone.dtype == torch.float32 else 5e-2
+    if not torch.allclose(packed, alone, rtol=tolerance, atol=tolerance):
+        raise InputRefused(
+            f"model {path!r} ({type(backbone).__name__}) doesn't keep samples apart that are packed into one row; "
+            "set packing to false"
+        )
+
+
+def add_lora(lm: nn.Module, lora: LoraConfig, seed: int) -> nn.Module:
+    """Put adapters into a model and freeze the rest; returns the peft model around it.
+
+    A: Kaiming-uniform from ``seed``, B: 0 (Hu et al. 2021, section 4.1), so that nothing changes before the first step.
+
+    Raises:
+        InputRefused: where the model has no such modules, or one of them shares its weight with another module.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    settings = PeftLoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, bias="none"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            adapted = get_peft_model(lm, settings)
+        except ValueError as error:
+            raise InputRefused(f"lora.target_modules {lora.target_modules}: {_first_line(error)}") from error
+    _refuse_tied(lm)
+    return adapted
+
+
+def _refuse_tied(lm: nn.Module) -> None:
+    """An adapter of one of two modules with the same weight: no merged weight could stand for both."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in lm.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for shared in names.values():
+        if len(shared) > 1 and any(".base_layer." in name for name in shared):
+            both = " and ".join(name.replace(".base_layer", "") for name in shared)
+            raise InputRefused(f"lora.target_modules: {both} are one tied weight, which can't have an adapter")
+
+
+def _backbone(path: str, model: ModelConfig, dtype: torch.dtype, num_layers: int | None) -> nn.Module:
+    config = load_config(path, trust_remote_code=model.trust_remote_code)
+    if num_layers is not None:
+        shorten(config, num_layers, path)
+    with quiet_loading():
+        backbone, found = AutoModel.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+        )
+    _refuse_missing(path, found)
+    _refuse_leaks(path, backbone, model)
+    return without_dropout(backbone)
+
+
+def shorten(config: PretrainedConfig, num_layers: int, path: str) -> None:
+    """Keep the first layers only, in the configuration."""
+    text = config.get_text_config()
+    if num_layers > text.num_hidden_layers:
+        raise InputRefused(f"critic.num_layers is {num_layers}, but {path} has {text.num_hidden_layers} layers")
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:num_layers]
+
+
+def load_critic(path: str, model: ModelConfig, *, num_layers: int | None, dtype: torch.dtype, seed: int) -> ScalarModel:
+    """A value model from any causal LM or reward model.
+
+    The head is the reward model's, where it is one; else normal with deviation 1 / sqrt(H + 1) and bias 0
+    (Stiennon et al. 2020, appendix B.1), drawn from ``seed``.
+    """
+    scorer = None
+    if _is_reward_model(load_config(path, trust_remote_code=model.trust_remote_code)):
+        scorer = load_reward_model(path, model, dtype=dtype, num_layers=num_layers)
+    backbone = scorer.backbone if scorer is not None else _backbone(path, model, dtype, num_layers)
+    size = backbone.config.get_text_config().hidden_size
+    head = nn.Linear(size, 1)
+    with torch.no_grad():
+        if scorer is not None:
+            head.weight.copy_(scorer.head.weight)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            head.weight.copy_(torch.randn(1, size, generator=generator) / (size + 1) ** 0.5)
+        stored_bias = scorer.head.bias if scorer is not None else None
+        head.bias.copy_(stored_bias) if stored_bias is not None else head.bias.zero_()
+    return ScalarModel(backbone, head.to(dtype))
+
+
+def _is_reward_model(config: PretrainedConfig) -> bool:
+    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return classifies and config.num_labels == 1
+
+
+def load_reward_model(
+    path: str, model: ModelConfig, *, dtype: torch.dtype, num_layers: int | None = None
+) -> ScalarModel:
+    """A sequence-classification model with one label, read at the last real token.
+
+    Raises:
+        InputRefused: where the model has no scalar head, or weights are missing.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config: Any = load_config(path, trust_remote_code=model.trust_remote_code)
+    if getattr(config, "num_labels", 1) != 1:
+        raise InputRefused(f"reward model {path!r} has {config.num_labels} labels; a reward model has exactly 1")
+    if num_layers is not None:
+        shorten(config, num_layers, path)
+    with quiet_loading():
+        classifier, found = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+        )
+    _refuse_missing(path, found)
+    _refuse_leaks(path, classifier.base_model, model)
+    head = next((getattr(classifier, n) for n in ("score", "classifier") if hasattr(classifier, n)), None)
+    if not isinstance(head, nn.Linear):
+        raise InputRefused(
+            f"reward model {path!r} ({type(classifier).__name__}) has no linear head named score or classifier"
+        )
+    return ScalarModel(without_dropout(classifier.base_model), head)

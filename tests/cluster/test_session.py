@@ -1,0 +1,176 @@
+"""Starting and joining Ray, what lies in its store, and what is said about it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+import torch
+from ray.exceptions import RayError
+from toy_setup import HERE
+
+from rayrlhf.cluster import columns, session
+from rayrlhf.cluster.ray_logs import cause_of_death, read_tail
+from rayrlhf.cluster.ray_start import check_gpus, fits
+from rayrlhf.cluster.session import check_address, is_private, ray_session, resolve_address
+from rayrlhf.cluster.spec import RoleSpec
+from rayrlhf.config.schema import ClusterConfig
+from rayrlhf.errors import InputRefused
+
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import ray
+from toy_setup import *
+from rayrlhf.cluster.errors import RoleFailed
+from rayrlhf.cluster.session import is_private, ray_session
+from rayrlhf.cluster.start import start_groups
+ours = SETTINGS.model_copy(update={"address": sys.argv[2]})
+with ray_session(ours), start_groups([toy("guest")], executor="ray", settings=ours) as groups:
+    assert ray.get_runtime_context().gcs_address == sys.argv[2] and not is_private()
+    os.kill(groups["guest"].pids[0], signal.SIGKILL)
+    try:
+        groups["guest"].broadcast("ping")
+    except RoleFailed as error:
+        print("told:", str(error).split(":")[0])
+assert not ray.is_initialized()
+with ray_session(SETTINGS):
+    node = ray._private.worker._global_node
+    folder = node.get_session_dir_path()
+    assert is_private() and ray.get_runtime_context().gcs_address != sys.argv[2] and os.path.isdir(folder)
+    assert len(node.plasma_store_socket_name) < 100
+assert not os.path.exists(folder) and not is_private()
+print("done")
+"""
+
+
+def test_a_second_process_joins_and_leaves_and_has_a_ray_of_its_own(local_ray):
+    address = ray.get_runtime_context().gcs_address
+    asked = subprocess.run(
+        [sys.executable, "-c", DRIVER, HERE, address],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(os.path.dirname(HERE)),
+        timeout=200,
+    )
+    assert asked.returncode == 0, asked.stderr
+    # nothing of Ray's own on the terminal, though one of its workers was killed
+    assert asked.stdout.splitlines() == ["told: guest rank 0 died in ping", "done"]
+    assert asked.stderr == ""
+    assert ray.get(ray.put(3)) == 3  # ours is still there
+
+
+def test_an_initialised_ray_is_used_and_left(local_ray):
+    assert is_private()
+    with ray_session(ClusterConfig(address="nowhere:1")):
+        assert is_private()
+    assert ray.is_initialized()
+
+
+def test_unreachable_address_is_refused_soon(monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    begin = time.monotonic()
+    with pytest.raises(InputRefused, match=f"cluster.address: nothing answers at 127.0.0.1:{port}"):
+        check_address(f"127.0.0.1:{port}")
+    assert time.monotonic() - begin < session.CONNECT_SECONDS + 1
+    monkeypatch.setattr(session, "HEALTH_SECONDS", 4.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(InputRefused, match="does not answer as a Ray head node does .no answer within 4 s"):
+            check_address(f"127.0.0.1:{silent.getsockname()[1]}")
+    assert time.monotonic() - begin < 15
+
+
+def test_addresses(tmp_path):
+    assert resolve_address("head:6379", {"RAY_ADDRESS": "other:1"}) == "head:6379"
+    assert resolve_address("auto", {"RAY_ADDRESS": "10.0.0.1:6379"}) == "10.0.0.1:6379"
+    env = {"RAY_TMPDIR": str(tmp_path)}
+    with pytest.raises(InputRefused, match="auto: no Ray was started on this machine"):
+        resolve_address("auto", env)
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.2:6379\n")
+    assert resolve_address("auto", env) == "10.0.0.2:6379"
+    for wrong in ("head", "ray://head:10001", "http://head:8265"):
+        with pytest.raises(InputRefused, match="is not host:port"):
+            resolve_address(wrong, {})
+    with pytest.raises(InputRefused, match="it is RAY_ADDRESS"):
+        resolve_address("auto", {"RAY_ADDRESS": "http://head:8265"})
+
+
+@pytest.mark.parametrize(
+    "wanted, gpus, answer",
+    [
+        ([1, 1], [2], True),
+        ([1, 1, 1], [2], False),
+        ([0.5, 0.5, 1], [2], True),
+        ([0.6, 0.6, 0.6], [2], False),  # 1.8 GPUs in all, and no two on one
+        ([0.4, 0.4, 0.4, 0.4], [1, 1], True),
+        ([2, 2], [3, 1], False),
+        ([2, 1, 1], [2, 2], True),
+        ([1, 2], [1, 2], True),
+        ([0, 0], [], True),
+        ([8] * 2 + [0.5] * 16, [8, 8, 8], True),
+    ],
+)
+def test_room_on_gpus(wanted, gpus, answer):
+    assert fits(wanted, gpus) is answer
+
+
+def test_refusal_says_what_is_asked_and_what_is_there():
+    specs = [RoleSpec("policy", "m:C", ranks=2, gpus_per_rank=1), RoleSpec("rollout", "m:C", gpus_per_rank=4)]
+    with pytest.raises(InputRefused, match=r"6 GPUs \(policy 2 x 1, rollout 1 x 4\).* has 5 \(3 \+ 2 on its nodes\)"):
+        check_gpus(specs, [3, 2])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float16, torch.float32, torch.bool, torch.int64]
+)
+@pytest.mark.parametrize("shape", [(5,), (0,), (3, 2)])
+def test_values_survive_the_store(dtype, shape):
+    values = (torch.arange(12).reshape(-1)[: torch.Size(shape).numel()].reshape(shape) / 3).to(dtype)
+    back = columns._unpack(columns._pack(values))
+    assert back.dtype == dtype and back.shape == values.shape
+    assert torch.equal(back.to(torch.float32), values.to(torch.float32))
+
+
+def test_values_with_gradient_or_gaps_in_memory():
+    assert columns._unpack(columns._pack(torch.ones(3, requires_grad=True) * 2)).tolist() == [2, 2, 2]
+    transposed = torch.arange(6).reshape(2, 3).to(torch.bfloat16).T
+    assert columns._unpack(columns._pack(transposed)).tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize(
+    "text, log, cause",
+    [
+        ("Worker exits unexpectedly. Worker exits with an exit code 4.", [], "ended with exit code 4"),
+        ("connection error code 2. End of file. the OOM killer due to high memory usage", [], "SIGKILL"),
+        ("connection error code 2. End of file.", ["Fatal Python error: Segmentation fault"], "SIGSEGV"),
+        (
+            "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 1.2.3.4) was "
+            "5.47GB used / 23.54GB limit (0.23)\nOOM kill reason: x\npid=1, actual memory used=3.02GB, worker",
+            [],
+            "(Memory on the node (IP: 1.2.3.4) was 5.47GB used / 23.54GB limit; this process held 3.02GB)",
+        ),
+        ("The actor died because its node has died. Node Id: ab", [], "its node died"),
+    ],
+)
+def test_cause_of_death(text, log, cause):
+    assert cause in cause_of_death(RayError(text), log)
+
+
+def test_tail_is_of_stderr_else_of_stdout_without_rays_own_lines(tmp_path):
+    err, out = tmp_path / "worker-1-2-3.err", tmp_path / "worker-1-2-3.out"
+    err.write_text(":job_id:01\n:actor_name:RoleProcess\n\n")
+    out.write_text("".join(f"line {i}\n" for i in range(20)))
+    assert read_tail(str(err)) == [f"line {i}" for i in range(12, 20)]
+    err.write_text(":job_id:01\nlast words\n")
+    assert read_tail(str(err)) == ["last words"]
+    assert read_tail(str(tmp_path / "none.err")) == []
