@@ -32,9 +32,7 @@ class CriticTrainer(TrainerRole):
     def __init__(self, world: World, config: Config, model_path: str, total_steps: int):
         critic = config.critic
         assert critic is not None
-        model = load_critic(
-            model_path, critic, num_layers=critic.num_layers, dtype=torch.float32, seed=config.seed + 1
-        )
+        model = load_critic(model_path, critic, num_layers=critic.num_layers, dtype=torch.float32)
         if critic.lora is not None:
             adapted = add_lora(model.backbone, critic.lora, config.seed + 1)
             model = ScalarModel(adapted.get_base_model(), model.head)  # type: ignore[operator]

@@ -151,7 +151,7 @@ class RewardModel:
             RunFailed: where a score isn't finite.
         """
         if self.own_tokenizer is not None:
-            batch = self._tokenized_again(batch)
+            batch = self._tokenized_again(batch, self.own_tokenizer)
         scores = torch.zeros(len(batch), dtype=torch.float32)
         for micro in micro_batches(batch, self.settings.tokens_per_micro_batch, packs(self.settings), mask=None):
             _, last = self.model(micro.to(self.device))
@@ -160,8 +160,7 @@ class RewardModel:
             raise RunFailed(f"reward model {self.path} gave a score that is not finite")
         return scores
 
-    def _tokenized_again(self, batch: Batch) -> Batch:
-        own = self.own_tokenizer
+    def _tokenized_again(self, batch: Batch, own: Any) -> Batch:
         responses = self.policy_tokenizer.batch_decode(
             [t.tolist() for t in response_tokens(batch)], skip_special_tokens=True
         )

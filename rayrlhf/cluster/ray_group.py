@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayError
 
 from rayrlhf.batch import Batch
 from rayrlhf.cluster.columns import Block, from_wire, refer, stage, to_wire_value
@@ -116,12 +116,13 @@ def end_processes(processes: Sequence[tuple[Any, ProcessInfo | None]]) -> None:
 
 
 def _is_dead(handle: Any, timeout: float) -> bool:
+    """Whether Ray knows that an actor is gone; it has several errors for that, one for each way to die."""
     try:
         ray.get(handle.describe.remote(), timeout=timeout)
-    except RayActorError:
-        return True
     except GetTimeoutError:
         return False
+    except RayError:
+        return True
     return False
 
 

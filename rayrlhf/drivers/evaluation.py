@@ -59,11 +59,11 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def _completion_nll(run: Run) -> float | None:
-    known = [p for p in run.prompts.held_out if p.completion_tokens is not None and len(p.completion_tokens)]
-    if not known:
+    pairs = [(p.tokens, p.completion_tokens) for p in run.prompts.held_out if p.completion_tokens is not None]
+    tokens = [torch.cat([prompt, known]) for prompt, known in pairs if len(known)]
+    masks = [torch.arange(len(prompt) + len(known)) >= len(prompt) for prompt, known in pairs if len(known)]
+    if not tokens:
         return None
-    tokens = [torch.cat([p.tokens, p.completion_tokens]) for p in known]
-    masks = [torch.arange(len(t)) >= len(p.tokens) for t, p in zip(tokens, known, strict=True)]
     batch = Batch.from_samples({"tokens": tokens, "response_mask": masks})
     logprobs = run.policy.call("token_logprobs", batch, temperature=1.0)["old_logprobs"]
     return float(-logprobs[batch["response_mask"]].mean())

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from rayrlhf.algorithms import RunningMoments
 from rayrlhf.batch import Batch
-from rayrlhf.checkpoint import CheckpointStore
+from rayrlhf.checkpoint import Checkpoint, CheckpointStore
 from rayrlhf.cluster import Group, Pending, start_groups
 from rayrlhf.config import Config, broken_rules, dump_config, load_config
 from rayrlhf.data import PromptSampler
@@ -295,7 +295,7 @@ class Run:
                 weight_version=int(first["weight_version"][i]),
             )
 
-    def _restore(self, checkpoint: Any) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         calls = [
             group.broadcast_async("load", folder=str((checkpoint.folder / name).absolute()))
             for name, group in self._trained().items()
@@ -374,7 +374,8 @@ def launch(
     folder.mkdir(parents=True, exist_ok=True)
     dump_config(config, folder / "config.yaml")
     setup_log(folder)
-    checkpoint, passed_over = None, []
+    checkpoint: Checkpoint | None = None
+    passed_over: list[str] = []
     if resume:
         checkpoint, passed_over = CheckpointStore(folder / "checkpoints", config.checkpoint.keep).latest()
     # Without a checkpoint, a resumed run begins again: what it had written belongs to steps that are done anew.

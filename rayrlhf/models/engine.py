@@ -134,7 +134,7 @@ class TrainEngine:
         outputs = [tuple(t.cpu() for t in forward(i.to(self.device))) for i in inputs]
         if self.config.zero_stage == 3:  # parameters are gathered by all ranks together
             for _ in range(all_max(len(inputs), self.device) - len(inputs)):
-                forward(_dummy_input().to(self.device))
+                forward(_nothing_wanted().to(self.device))
         return outputs
 
     def optimizer_step(self, inputs: Sequence[ModelInput], forward: Forward, loss: Loss) -> StepOutcome:
@@ -154,18 +154,16 @@ class TrainEngine:
         totals: dict[str, Tensor] = {}
         for k in range(rounds):
             self.engine.set_gradient_accumulation_boundary(k == rounds - 1)
-            if k < len(inputs):
-                micro = inputs[k].to(self.device)
-                outputs = forward(micro)
-                value, stats = loss(micro, outputs)
-                # Where a clamp stands in between, a loss that isn't finite can have a gradient of 0. The step must be
-                # skipped all the same, on every rank, so its gradient is made non-finite too; otherwise 0 is added.
-                value = value + value.detach() * 0.0 * outputs[0].sum()
-                for name, amount in stats.items():
-                    so_far = totals.get(name, torch.zeros((), dtype=torch.float64))
-                    totals[name] = so_far + amount.detach().double().cpu()
-            else:  # another rank has more to do, and this one must take part in its reductions
-                value = sum((output.sum() for output in forward(_dummy_input().to(self.device))), torch.zeros(())) * 0.0
+            # Where another rank has more to do, this one takes part in its reductions with nothing.
+            micro = (inputs[k] if k < len(inputs) else _nothing_wanted()).to(self.device)
+            outputs = forward(micro)
+            value, stats = loss(micro, outputs)
+            for name, amount in stats.items():
+                so_far = totals.get(name, torch.zeros((), dtype=torch.float64))
+                totals[name] = so_far + amount.detach().double().cpu()
+            # Where a clamp stands in between, a loss that isn't finite can have a gradient of 0. The step must be skipped
+            # all the same, on every rank, so its gradient is made non-finite too; otherwise 0 is added.
+            value = value + value.detach() * 0.0 * outputs[0].sum()
             # DeepSpeed takes the mean over the ranks; the loss is a sum.
             self.engine.backward(value * self.world.size, scale_wrt_gas=False)
         lr = learning_rate(self.config.optimizer, self.steps_done, self.total_steps)
@@ -218,9 +216,10 @@ class TrainEngine:
         self.steps_done = client_state["optimizer_steps"]
 
 
-def _dummy_input() -> ModelInput:
-    one = torch.zeros(1, dtype=torch.int64)
-    return ModelInput(torch.zeros(1, 2, dtype=torch.int64), None, one, one, one, one, one + 1)
+def _nothing_wanted() -> ModelInput:
+    """A forward of two tokens of which none is wanted. Its graph is that of any other micro-batch, as ZeRO-3 needs it."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return ModelInput(torch.zeros(1, 2, dtype=torch.int64), None, none, none, none, none, none)
 
 
 def _import_deepspeed(world: World) -> Any:

@@ -281,11 +281,11 @@ def shorten(config: PretrainedConfig, num_layers: int, path: str) -> None:
         text.layer_types = text.layer_types[:num_layers]
 
 
-def load_critic(path: str, model: ModelConfig, *, num_layers: int | None, dtype: torch.dtype, seed: int) -> ScalarModel:
+def load_critic(path: str, model: ModelConfig, *, num_layers: int | None, dtype: torch.dtype) -> ScalarModel:
     """A value model from any causal LM or reward model.
 
-    The head is the reward model's, where it is one; else normal with deviation 1 / sqrt(H + 1) and bias 0
-    (Stiennon et al. 2020, appendix B.1), drawn from ``seed``.
+    The head is the reward model's, where it is one; else 0, so that every value begins at 0. Hidden states can be large, and
+    a random head over them would drown the first advantages in noise.
     """
     scorer = None
     if _is_reward_model(load_config(path, trust_remote_code=model.trust_remote_code)):
@@ -293,14 +293,13 @@ def load_critic(path: str, model: ModelConfig, *, num_layers: int | None, dtype:
     backbone = scorer.backbone if scorer is not None else _backbone(path, model, dtype, num_layers)
     size = backbone.config.get_text_config().hidden_size
     head = nn.Linear(size, 1)
-    with torch.no_grad():
-        if scorer is not None:
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    if scorer is not None:
+        with torch.no_grad():
             head.weight.copy_(scorer.head.weight)
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            head.weight.copy_(torch.randn(1, size, generator=generator) / (size + 1) ** 0.5)
-        stored_bias = scorer.head.bias if scorer is not None else None
-        head.bias.copy_(stored_bias) if stored_bias is not None else head.bias.zero_()
+            if scorer.head.bias is not None:
+                head.bias.copy_(scorer.head.bias)
     return ScalarModel(backbone, head.to(dtype))
 
 

@@ -7,14 +7,15 @@ import socket
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayError
 from toy_setup import HERE
 
-from rayrlhf.cluster import columns, session
+from rayrlhf.cluster import columns, ray_group, session
 from rayrlhf.cluster.ray_logs import cause_of_death, read_tail
 from rayrlhf.cluster.ray_start import check_gpus, fits
 from rayrlhf.cluster.session import check_address, is_private, ray_session, resolve_address
@@ -164,6 +165,17 @@ def test_values_with_gradient_or_gaps_in_memory():
 )
 def test_cause_of_death(text, log, cause):
     assert cause in cause_of_death(RayError(text), log)
+
+
+@pytest.mark.parametrize(
+    "error, dead", [(OutOfMemoryError("x"), True), (ActorDiedError(), True), (GetTimeoutError("x"), False)]
+)
+def test_every_way_to_die_counts_as_dead_when_a_group_is_closed(monkeypatch, error, dead):
+    def get(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ray_group.ray, "get", get)
+    assert ray_group._is_dead(Mock(), 1.0) is dead
 
 
 def test_tail_is_of_stderr_else_of_stdout_without_rays_own_lines(tmp_path):

@@ -18,7 +18,6 @@ def _serve(world: World, connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    import faulthandler; faulthandler.dump_traceback_later(40, exit=False)
     while (order := connection.recv()) is not None:
         function, arguments = order
         try:
@@ -48,7 +47,7 @@ class Ranks:
             self.pipes.append(mine)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], timeout_s: float = 60.0, **arguments: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], timeout_s: float = 240.0, **arguments: Any) -> list[Any]:
         """The function's results on all ranks, called as ``function(world, **arguments)``."""
         for pipe in self.pipes:
             pipe.send((function, arguments))

@@ -118,8 +118,24 @@ def check_ranks(ranks: Ranks, cases: list[dict[str, Any]], known: dict, run: dic
         assert result["metrics"]["clipfrac"] == pytest.approx(sums["clipped"] / sums["tokens"], abs=1e-9)
 
 
+def test_without_entropy_bonus_and_kl_term(known: dict, llama: Path, tmp_path: Path, two_ranks: Ranks) -> None:
+    """Then the loss reads fewer of the model's outputs, on ranks with samples and without."""
+    ppo = {"importance_sampling_cap": 1.3, "clip_range_high": 0.3}
+    role = {"zero_stage": 3, "optimizer": LINEAR_ADAM, "logits_chunk_tokens": 7}
+    run = settings(llama, tmp_path, policy=role, ppo=ppo)
+    lm, config = plain.plain_lm(llama), config_of(llama, tmp_path, ppo=ppo)
+    loss, sums = plain.ppo_loss(lm, known["batch"], ALL, config.ppo, config.rollout.temperature)
+    cases = [
+        {"budget": 22, "packing": False, "parts": [[5, 1, 6], [7, 0, 2, 4, 3]]},
+        {"budget": 30, "packing": False, "parts": [[], ALL]},
+        {"budget": 30, "packing": True, "parts": [[MASKED_SAMPLE], ALL[:3] + ALL[4:]]},
+    ]
+    check_ranks(two_ranks, cases, {**known, "expected": plain.gradients(lm, loss), "sums": sums}, run)
+
+
 @pytest.mark.parametrize("size", [1, 2])
-def test_critic(known: dict, llama: Path, tmp_path: Path, size: int, two_ranks: Ranks) -> None:
+def test_critic(known: dict, llama: Path, scorer: Path, tmp_path: Path, size: int, two_ranks: Ranks) -> None:
+    """It starts from a reward model over the llama: with a head of 0 the backbone would have no gradient."""
     run = run_settings(llama, tmp_path, 3 if size == 2 else 2)
     split = [ALL] if size == 1 else [[5, 1, 2], [0, 3, 4, 6, 7]]
     nobody = [ALL] if size == 1 else [ALL, []]
@@ -129,7 +145,7 @@ def test_critic(known: dict, llama: Path, tmp_path: Path, size: int, two_ranks: 
         {"budget": 34, "packing": True, "parts": nobody},
     ]
     arguments: dict[str, Any] = {
-        "kind": "critic", "path": str(llama), "settings": run, "columns": known["columns"], "cases": cases
+        "kind": "critic", "path": str(scorer), "settings": run, "columns": known["columns"], "cases": cases
     }
     results = single_steps(alone(), **arguments) if size == 1 else two_ranks.run(single_steps, **arguments)[0]
     scalar = torch.nn.Module()
