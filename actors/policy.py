@@ -13,12 +13,13 @@ from rayrlhf.actors.trainer import MinibatchLoss, TrainerRole, scatter_tokens
 from rayrlhf.algorithms import approximate_kl, importance_weights, kl_estimate, policy_loss
 from rayrlhf.batch import Batch
 from rayrlhf.config import Config
+from rayrlhf.errors import InputRefused
 from rayrlhf.models.export import gathered_adapters, named_weights, save_model_folder
 from rayrlhf.models.heads import PolicyModel
 from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.loading import DTYPES, add_lora, check_output_head, load_causal_lm
 from rayrlhf.models.world import World
-from rayrlhf.weights import Manifest, make_transport, publish
+from rayrlhf.weights import Manifest, make_transport, publish, release
 
 __all__ = ["PolicyTrainer"]
 
@@ -39,6 +40,9 @@ class PolicyTrainer(TrainerRole):
         lm = load_causal_lm(model_path, config.policy, dtype=torch.float32)
         check_output_head(lm)
         self.peft = add_lora(lm, config.policy.lora, config.seed) if config.policy.lora is not None else None
+        if config.policy.zero_stage == 3 and any(True for _ in lm.get_output_embeddings().children()):
+            # Its parts would be gathered for each chunk of logits, and ranks have different numbers of them.
+            raise InputRefused("policy.lora.target_modules: with zero_stage 3 the output layer can't have an adapter")
         self.lm = lm
         self.transport = make_transport(transport)
         model = PolicyModel(lm, config.policy.logits_chunk_tokens)
@@ -147,8 +151,11 @@ class PolicyTrainer(TrainerRole):
     def release_weights(self, manifest: Manifest) -> None:
         """Free what `publish_weights` laid out, after every engine has read it."""
         if self.world.rank == 0:
-            for handle in manifest.buckets:
-                self.transport.release(handle)
+            release(manifest, self.transport)
+
+    def close(self) -> None:
+        """Free what weights may still lie in the transport."""
+        self.transport.close()
 
     def save_model(self, folder: str) -> None:
         """Write the model as a Hugging Face folder: adapters merged, or the adapter alone where so configured."""

@@ -41,7 +41,9 @@ def eos_token_ids(tokenizer: Any, model_path: str) -> list[int]:
     """
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        file = cached_file(model_path, name, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(
+            model_path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
         if file is not None:
             stored = json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
             found += stored if isinstance(stored, list) else [] if stored is None else [stored]

@@ -190,6 +190,12 @@ def test_what_cannot_have_adapters_is_refused(llama: Path, qwen: Path) -> None:
         adapted(qwen, [module])
 
 
+def test_no_adapter_of_the_output_layer_with_zero_3(qwen: Path, tmp_path: Path) -> None:
+    run = lora_settings(qwen, tmp_path, 3, target_modules=["lm_head", "q_proj"])
+    with pytest.raises(InputRefused, match="with zero_stage 3 the output layer can't have an adapter"):
+        PolicyTrainer(alone(), config_of(qwen, tmp_path, policy=run["policy"]), str(qwen), "shared_memory", 10)
+
+
 def test_adapters_of_embedding_and_output_layer(qwen: Path, tmp_path: Path) -> None:
     """Where they aren't tied: merged as peft merges them."""
     run = lora_settings(qwen, tmp_path, 2, target_modules=["embed_tokens", "lm_head", "q_proj"])

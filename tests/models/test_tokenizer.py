@@ -64,6 +64,8 @@ def test_a_name_is_looked_up_in_the_hub_cache(llama: Path, tmp_path: Path, monke
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     tokenizer = load_tokenizer(str(llama))
     assert eos_token_ids(tokenizer, "some/model") == [2, 5, 9]
+    (snapshot / "generation_config.json").unlink()
+    assert eos_token_ids(tokenizer, "some/model") == [2, 5]
 
 
 def test_tokenizers_and_templates_that_cannot_be_read(llama: Path, tmp_path: Path) -> None:
