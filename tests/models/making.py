@@ -49,6 +49,7 @@ def settings(path: Path | str, run_dir: Path | str, **sections: dict[str, Any] |
         "reference": {"dtype": "float32"},
         "reward": {"sources": [{"function": "nowhere:nothing"}]},
         "data": {"prompts": "nowhere.jsonl"},
+        "cluster": {"call_timeout_s": 100.0},
         "rollout": {"temperature": 0.7},
         "ppo": {"steps": 1, "prompts_per_step": 8, "minibatch_samples": 8, "importance_sampling_cap": None},
     }

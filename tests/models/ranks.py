@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from rayrlhf.models.world import World
@@ -31,39 +32,56 @@ class Ranks:
     """``size`` processes, forked from one that has imported everything already."""
 
     def __init__(self, size: int):
+        self.size = size
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.pipes: list[Connection] = []
-        self.processes = []
-        for rank in range(size):
+        for rank in range(self.size):
             mine, theirs = context.Pipe()
-            world = World(rank, size, "127.0.0.1", port, "cpu", 1)
+            world = World(rank, self.size, "127.0.0.1", port, "cpu", 1)
             process = context.Process(target=_serve, args=(world, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(mine)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], timeout_s: float = 240.0, **arguments: Any) -> list[Any]:
-        """The function's results on all ranks, called as ``function(world, **arguments)``."""
+    def run(self, function: Callable[..., Any], timeout_s: float = 120.0, **arguments: Any) -> list[Any]:
+        """The function's results on all ranks, called as ``function(world, **arguments)``.
+
+        Where one fails or is late, all processes are ended: others would wait for it. The next run starts new ones.
+        """
+        if not self.pipes:
+            self._start()
         for pipe in self.pipes:
             pipe.send((function, arguments))
-        results = []
-        for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(timeout_s), f"rank {rank} did not answer {function.__name__} within {timeout_s} s"
-            problem, result = pipe.recv()
-            assert problem is None, f"rank {rank} failed in {function.__name__}:\n{problem}"
-            results.append(result)
-        return results
+        results: dict[int, Any] = {}
+        problem, deadline = None, time.monotonic() + timeout_s
+        while len(results) < self.size and problem is None:
+            waiting = [p for rank, p in enumerate(self.pipes) if rank not in results]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            problem = None if ready else f"no answer within {timeout_s} s, only ranks {sorted(results)} are done"
+            for pipe in ready:
+                rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    trace, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    trace = "the process is dead"
+                problem = problem or (f"rank {rank} failed:\n{trace}" if trace else None)
+        if problem is not None:
+            self.close()
+            raise AssertionError(f"{function.__name__}: {problem}")
+        return [results[rank] for rank in range(self.size)]
 
     def close(self) -> None:
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            if process.is_alive():
-                pipe.send(None)
         for process in self.processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
+            process.kill()
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+        self.pipes, self.processes = [], []
