@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,7 @@ from rayrlhf.models.packing import packs
 from rayrlhf.models.tokenizer import load_tokenizer
 from rayrlhf.models.world import World
 
-__all__ = ["RewardFunction", "RewardModel", "RewardScorer", "import_function"]
+__all__ = ["RewardFunction", "RewardModel", "RewardScorer", "check_signature", "import_function"]
 
 
 class Source(Protocol):
@@ -58,6 +58,25 @@ def response_tokens(batch: Batch) -> list[Tensor]:
     """The tokens of each response, those masked out of training included."""
     tokens, prompts = batch["tokens"], batch["prompt_length"].tolist()
     return [tokens[start + prompt : end] for (start, end), prompt in zip(batch.spans(), prompts, strict=True)]
+
+
+def check_signature(path: str, columns: Collection[str]) -> None:
+    """Whether the data has every column that a reward function can't do without.
+
+    Raises:
+        InputRefused: naming the columns that are missing, and those that are there.
+    """
+    wanted = [
+        p.name
+        for p in inspect.signature(import_function(path)).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    missing = [name for name in wanted if name not in ("prompts", "responses") and name not in columns]
+    if missing:
+        raise InputRefused(
+            f"reward function {path!r} wants {', '.join(missing)}, which the data has no column for; "
+            f"its columns are: {', '.join(sorted(columns)) or 'none besides the prompt'}"
+        )
 
 
 class RewardFunction:

@@ -88,7 +88,8 @@ class TrainerRole:
         token_columns = {name: batch[name] for name in self.training_columns if name in batch}
         whole = Batch(batch.offsets, token_columns)
         outcomes: list[StepOutcome] = []
-        tokens = empty = 0
+        tokens: list[int] = []
+        empty = 0
         for k, parts in enumerate(schedule):
             shard = whole.select(parts[self.world.rank])
             mask = shard["response_mask"]
@@ -111,7 +112,7 @@ class TrainerRole:
             )
             self._watch(outcome, shard, step, k)
             outcomes.append(outcome)
-            tokens += num_tokens
+            tokens.append(num_tokens)
         return self._metrics(outcomes, tokens, empty)
 
     def _watch(self, outcome: StepOutcome, shard: Batch, step: int, minibatch: int) -> None:
@@ -130,8 +131,9 @@ class TrainerRole:
                 f"(ppo.max_skipped_steps); the minibatches are kept in {folder}"
             )
 
-    def _metrics(self, outcomes: list[StepOutcome], tokens: int, empty: int) -> dict[str, float]:
+    def _metrics(self, outcomes: list[StepOutcome], tokens: list[int], empty: int) -> dict[str, float]:
         applied = [o for o in outcomes if o.applied]
+        learned_from = sum(n for n, o in zip(tokens, outcomes, strict=True) if o.applied)
         metrics: dict[str, float] = {
             "optimizer_steps": float(len(applied)),
             "skipped_steps": float(len(outcomes) - len(applied)),
@@ -140,9 +142,9 @@ class TrainerRole:
         if applied:
             metrics["grad_norm"] = sum(o.grad_norm for o in applied) / len(applied)
             metrics["lr"] = applied[-1].lr
-        for name in outcomes[0].sums if outcomes else ():
-            total = sum(o.sums[name] for o in outcomes)
-            metrics[name] = total / (len(outcomes) if name in LOSS_SUMS else tokens)
+        for name in applied[0].sums if applied else ():
+            total = sum(o.sums[name] for o in applied)
+            metrics[name] = total / (len(applied) if name in LOSS_SUMS else learned_from)
         return metrics
 
     # -- state ----------------------------------------------------------------------------------------------------

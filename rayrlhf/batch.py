@@ -126,9 +126,7 @@ class Batch:
                     raise BatchError(f"column {name!r} has {found} entries where the batch has {size} {kind}")
 
     @classmethod
-    def from_samples(
-        cls, token: Mapping[str, Sequence[Tensor]], sample: Mapping[str, Column] | None = None
-    ) -> Batch:
+    def from_samples(cls, token: Mapping[str, Sequence[Tensor]], sample: Mapping[str, Column] | None = None) -> Batch:
         """Pack columns that are given as one tensor a sample."""
         lengths = {name: [len(entry) for entry in column] for name, column in token.items()}
         if not lengths or not all(lengths.values()):

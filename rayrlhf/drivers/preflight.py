@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from transformers import PretrainedConfig
 
-from rayrlhf.actors.reward import import_function
+from rayrlhf.actors.reward import check_signature, import_function
 from rayrlhf.config import Config, load_config
 from rayrlhf.data import PromptData, load_prompts
 from rayrlhf.errors import InputRefused
@@ -89,6 +89,9 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
         prompts = problems.check(
             load_prompts, config.data, tokenizer, seed=config.seed, held_out=config.evaluation.prompts
         )
+    if prompts is not None:
+        for function in (s.function for s in config.reward.sources if s.function is not None):
+            problems.check(check_signature, function, prompts.train[0].row.keys())
     if problems.found:
         raise InputRefused(problems.found)
     assert policy_path is not None and tokenizer_path is not None and prompts is not None
@@ -178,7 +181,13 @@ def _check_models(config: Config, policy_path: str, tokenizer: Any, problems: _P
         problems.check(_check_vocabulary, "policy", policy_path, policy, tokenizer)
     problems.check(_check_length, config, policy_path, policy)
     if config.critic is not None:
-        critic = policy if config.critic.path is None else problems.check(load_model_config, config.critic.path)
+        critic = (
+            policy
+            if config.critic.path is None
+            else problems.check(
+                load_model_config, config.critic.path, trust_remote_code=config.critic.trust_remote_code
+            )
+        )
         if critic is not None and tokenizer is not None:
             problems.check(_check_vocabulary, "critic", config.critic.path or policy_path, critic, tokenizer)
         layers = getattr(critic.get_text_config(), "num_hidden_layers", None) if critic is not None else None
@@ -187,7 +196,9 @@ def _check_models(config: Config, policy_path: str, tokenizer: Any, problems: _P
                 f"critic.num_layers is {config.critic.num_layers}, but {config.critic.path or policy_path} has {layers} layers"
             )
     if config.reference is not None and config.reference.path is not None:
-        reference = problems.check(load_model_config, config.reference.path)
+        reference = problems.check(
+            load_model_config, config.reference.path, trust_remote_code=config.reference.trust_remote_code
+        )
         if reference is not None and _vocabulary(reference) != _vocabulary(policy):
             problems.found.append(
                 f"reference.path: {config.reference.path} has a vocabulary of {_vocabulary(reference)} tokens, the policy "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,15 @@ class TrainEngine:
         self.steps_done = 0
         join_group(world, timeout_s)
         if config.gradient_checkpointing:
-            for module in model.modules():
+            modules: Iterable[Any] = model.modules()
+            for module in modules:
                 if hasattr(module, "gradient_checkpointing_enable"):
                     module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                     break
         self.engine = self._wrap(model)
         self.engine.train()
 
-    def _wrap(self, model: nn.Module) -> Any:
+    def _wrap(self, model: Any) -> Any:
         deepspeed = _import_deepspeed(self.world)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(

@@ -22,7 +22,7 @@ def named_weights(lm: nn.Module, *, zero_stage: int, group_bytes: int = 2**28) -
     Yields:
         (name, tensor); the tensor is only valid until the next one is asked for.
     """
-    group: list[tuple[str, nn.Module | None, Tensor]] = []
+    group: list[tuple[str, Any, Tensor]] = []
     size = 0
     for entry in _entries(lm):
         group.append(entry)
@@ -34,7 +34,7 @@ def named_weights(lm: nn.Module, *, zero_stage: int, group_bytes: int = 2**28) -
         yield from _gathered(group, zero_stage)
 
 
-def _entries(lm: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
+def _entries(lm: nn.Module) -> Iterator[tuple[str, Any, Tensor]]:
     """(name, LoRA layer or None, parameter) of each base weight."""
     layers = {name: m for name, m in lm.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
     for name, parameter in lm.named_parameters(remove_duplicate=True):
@@ -56,7 +56,7 @@ def _full_bytes(parameter: Tensor) -> int:
     return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
 
-def _gathered(group: list[tuple[str, nn.Module | None, Tensor]], zero_stage: int) -> Iterator[tuple[str, Tensor]]:
+def _gathered(group: list[tuple[str, Any, Tensor]], zero_stage: int) -> Iterator[tuple[str, Tensor]]:
     needed = [p for _, _, p in group]
     for _, layer, _ in group:
         if layer is not None:
@@ -65,8 +65,8 @@ def _gathered(group: list[tuple[str, nn.Module | None, Tensor]], zero_stage: int
         for name, layer, parameter in group:
             weight = parameter.detach()
             if layer is not None:
-                delta = sum(layer.get_delta_weight(a) for a in layer.active_adapters)  # type: ignore[operator, union-attr]
-                weight = weight + delta.to(weight.dtype)
+                for adapter in layer.active_adapters:
+                    weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
             yield name, weight
 
 
@@ -84,7 +84,7 @@ def gathered_adapters(lm: nn.Module, *, zero_stage: int) -> Any:
     return _whole([p for n, p in lm.named_parameters() if "lora_" in n], zero_stage)
 
 
-def save_model_folder(lm: nn.Module, weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
+def save_model_folder(lm: Any, weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
     """Write a Hugging Face folder: configuration and safetensors in ``dtype``. Called on one rank."""
     from huggingface_hub import save_torch_state_dict
 

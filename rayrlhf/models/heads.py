@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from rayrlhf.models.logprobs import token_logprobs_and_entropy
 __all__ = ["PolicyModel", "ScalarModel", "output_logits"]
 
 
-def output_logits(lm: nn.Module, hidden: Tensor) -> Tensor:
+def output_logits(lm: Any, hidden: Tensor) -> Tensor:
     """Logits [N, V] of hidden states [N, H], as the model's own forward makes them.
 
     Some families scale or cap their logits; the three ways that are known are named in the model's configuration.
@@ -43,7 +45,7 @@ class PolicyModel(nn.Module):
 
     def __init__(self, lm: nn.Module, chunk_tokens: int):
         super().__init__()
-        self.lm = lm
+        self.lm: Any = lm
         self.chunk_tokens = chunk_tokens
 
     def forward(self, inputs: ModelInput, temperature: float, with_entropy: bool = False) -> tuple[Tensor, Tensor]:

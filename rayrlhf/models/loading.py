@@ -150,7 +150,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
 
 
-def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype) -> nn.Module:
+def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype) -> Any:
     """A causal language model on the CPU, without dropout.
 
     Raises:
@@ -171,7 +171,7 @@ def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype) -> nn.M
     return without_dropout(lm)
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
+def without_dropout(model: Any) -> Any:
     """Set every dropout layer's rate to 0, so that ``train()``, which checkpointing needs, changes no result."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -179,7 +179,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_output_head(lm: nn.Module) -> None:
+def check_output_head(lm: Any) -> None:
     """Refuse a model whose logits aren't its output layer's over the last hidden states, scaled in a known way.
 
     Raises:
@@ -218,7 +218,7 @@ def _refuse_leaks(path: str, backbone: nn.Module, model: ModelConfig) -> None:
         )
 
 
-def add_lora(lm: nn.Module, lora: LoraConfig, seed: int) -> nn.Module:
+def add_lora(lm: Any, lora: LoraConfig, seed: int) -> Any:
     """Put adapters into a model and freeze the rest; returns the peft model around it.
 
     A: Kaiming-uniform from ``seed``, B: 0 (Hu et al. 2021, section 4.1), so that nothing changes before the first step.
@@ -230,7 +230,11 @@ def add_lora(lm: nn.Module, lora: LoraConfig, seed: int) -> nn.Module:
     from peft import get_peft_model
 
     settings = PeftLoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, bias="none"
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  (a fraction works as well)
+        target_modules=lora.target_modules,
+        lora_dropout=0.0,
+        bias="none",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -242,7 +246,7 @@ def add_lora(lm: nn.Module, lora: LoraConfig, seed: int) -> nn.Module:
     return adapted
 
 
-def _refuse_tied(lm: nn.Module) -> None:
+def _refuse_tied(lm: Any) -> None:
     """An adapter of one of two modules with the same weight: no merged weight could stand for both."""
     names: dict[int, list[str]] = {}
     for name, parameter in lm.named_parameters(remove_duplicate=False):
@@ -253,7 +257,7 @@ def _refuse_tied(lm: nn.Module) -> None:
             raise InputRefused(f"lora.target_modules: {both} are one tied weight, which can't have an adapter")
 
 
-def _backbone(path: str, model: ModelConfig, dtype: torch.dtype, num_layers: int | None) -> nn.Module:
+def _backbone(path: str, model: ModelConfig, dtype: torch.dtype, num_layers: int | None) -> Any:
     config = load_config(path, trust_remote_code=model.trust_remote_code)
     if num_layers is not None:
         shorten(config, num_layers, path)
