@@ -75,7 +75,7 @@ class CheckpointStore:
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, and a sentence on each one that had to be passed over."""
-        passed_over = []
+        passed_over: list[str] = []
         for folder in self._folders():
             problem = _what_is_wrong(folder)
             if problem is None:

@@ -34,6 +34,6 @@ def minibatch_schedule(
     for epoch in range(epochs):
         order = torch.from_numpy(np.random.default_rng([*seed, epoch]).permutation(len(lengths)))
         for minibatch in order.split(minibatch_samples):
-            parts = split_by_tokens(lengths[minibatch], ranks)
+            parts = split_by_tokens(lengths[minibatch].tolist(), ranks)
             schedule.append([minibatch[part] for part in parts])
     return schedule

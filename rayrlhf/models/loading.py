@@ -158,7 +158,7 @@ def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype) -> Any:
     """
     config = load_config(path, trust_remote_code=model.trust_remote_code)
     with quiet_loading():
-        lm, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -166,6 +166,7 @@ def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype) -> Any:
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
         )
+    lm, found = loaded
     _refuse_missing(path, found)
     _refuse_leaks(path, lm.base_model, model)
     return without_dropout(lm)
@@ -198,7 +199,7 @@ def check_output_head(lm: Any) -> None:
         )
 
 
-def _refuse_leaks(path: str, backbone: nn.Module, model: ModelConfig) -> None:
+def _refuse_leaks(path: str, backbone: Any, model: ModelConfig) -> None:
     """Refuse to pack samples for a model that looks across their boundary: recurrent ones do, and some attention.
 
     Flash attention runs on a GPU only, and isn't tried here.
@@ -231,7 +232,7 @@ def add_lora(lm: Any, lora: LoraConfig, seed: int) -> Any:
 
     settings = PeftLoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  (a fraction works as well)
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a fraction works as well
         target_modules=lora.target_modules,
         lora_dropout=0.0,
         bias="none",
@@ -294,7 +295,7 @@ def load_critic(path: str, model: ModelConfig, *, num_layers: int | None, dtype:
     scorer = None
     if _is_reward_model(load_config(path, trust_remote_code=model.trust_remote_code)):
         scorer = load_reward_model(path, model, dtype=dtype, num_layers=num_layers)
-    backbone = scorer.backbone if scorer is not None else _backbone(path, model, dtype, num_layers)
+    backbone: Any = scorer.backbone if scorer is not None else _backbone(path, model, dtype, num_layers)
     size = backbone.config.get_text_config().hidden_size
     head = nn.Linear(size, 1)
     nn.init.zeros_(head.weight)
