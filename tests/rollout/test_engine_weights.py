@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from rayrlhf.actors.rollout import RolloutEngine
 from rayrlhf.batch import Batch
-from rayrlhf.config.schema import RolloutConfig
+from rayrlhf.cluster.session import ray_session
+from rayrlhf.config.schema import ClusterConfig, RolloutConfig
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.weights import Manifest, SharedMemory, Transport, make_transport, publish, release
 
@@ -371,16 +372,9 @@ def test_through_rays_object_store_from_another_process(untied: Path, tied: Path
     ray = pytest.importorskip("ray")
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join([root, str(Path(__file__).parent)])
-    ray.init(
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
-    )
-    try:
+    with ray_session(ClusterConfig()):  # another test's, where there is one
 
-        @ray.remote(num_cpus=0)
+        @ray.remote(num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}})
         class Trainer:
             def publish(self, path: str, seed: int, bucket_bytes: int) -> Manifest:
                 self.transport = make_transport("object_store")
@@ -405,5 +399,4 @@ def test_through_rays_object_store_from_another_process(untied: Path, tied: Path
             with pytest.raises(RunFailed, match=r"damaged on their way \(object_store\): model.norm.weight$"):
                 case.rollout.receive_weights(dataclasses.replace(manifest, version=4, checksums=damaged), True)
             case.transport.close()
-    finally:
-        ray.shutdown()
+        ray.kill(trainer)
