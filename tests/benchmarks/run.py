@@ -165,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(1)
     show(result, console)
     if options.write:
+        result["workload"].pop("folder")  # a temporary one, of this machine alone
         options.write.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"written to {options.write}")
 
