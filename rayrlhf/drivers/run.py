@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +35,6 @@ from rayrlhf.monitoring import (
 )
 
 __all__ = ["Run", "launch"]
-
-logger = logging.getLogger(__name__)
 
 TIMINGS = {
     "rollout": [("rollout", "generate")],
