@@ -37,13 +37,9 @@ def rollout_environment(device: Literal["cpu", "cuda"]) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
     }
     if device == "cpu":
-        # nobind: the roles share the cores. PASSIVE: threads that spin at barriers take them from the other processes.
-        # Without TORCHDYNAMO_DISABLE even the eager mode compiles, which needs a C++ compiler.
-        variables |= {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "TORCHDYNAMO_DISABLE": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
+        # nobind: the roles share the cores. Without TORCHDYNAMO_DISABLE even the eager mode compiles, which needs a C++
+        # compiler.
+        variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
     else:
         variables["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # it knows no seeds of single requests
     return variables

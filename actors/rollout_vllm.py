@@ -32,6 +32,8 @@ __all__ = ["VllmEngine", "kv_cache_bytes"]
 
 CPU_BLOCK = 128
 """Tokens of one block of the KV cache on a CPU."""
+PRIMITIVES = 32
+"""Shapes of input for which oneDNN keeps what it prepared, for each layer. vLLM's own number."""
 TOKENS_PER_STEP = 8192
 """Tokens that one engine step may process, prefill included; more where a single sequence may be longer."""
 
@@ -146,6 +148,9 @@ class VllmEngine:
     def load(self, manifest: Manifest, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
         def load_into(model: Any) -> list[str]:
             loaded = model.load_weights(named_tensors)
+            for module in model.modules():
+                if hasattr(module, "cpu_linear"):
+                    _pack(module)
             return [name for name, _ in model.named_parameters() if loaded is not None and name not in loaded]
 
         missing = self._on_model(load_into)
@@ -294,30 +299,30 @@ def _import_vllm(device: Literal["cpu", "cuda"]) -> None:
             "VLLM_ENABLE_V1_MULTIPROCESSING is set to 1: the rollout engine needs vLLM in its own process. Unset it."
         )
     if device == "cpu":
-        _keep_weights_plain()
+        _keep_plain_weights()
     _keep_process_group()
 
 
-def _keep_weights_plain() -> None:
-    """Keep linear weights as they are in the checkpoint.
+def _keep_plain_weights() -> None:
+    """Keep linear weights as they are in the checkpoint, beside the copies that products are computed with.
 
-    vLLM repacks them for oneDNN and AMX when it loads a model on a CPU. The repacked copies can't be loaded into again,
+    vLLM lets the packed copies take the weights' place when it loads a model on a CPU. They can't be loaded into again,
     and a tied output layer keeps the old one silently.
     """
     from vllm.model_executor.layers import utils
 
-    def plain(layer: Any, remove_weight: bool) -> None:
-        layer.cpu_linear = _onednn_linear if layer.weight.dtype == torch.float32 and onednn else linear
-
-    linear = torch.nn.functional.linear
-    # On AMD processors torch's own float32 product (MKL) takes nearly twice as long as oneDNN's.
-    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    utils.dispatch_cpu_unquantized_gemm = plain
+    utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: _pack(layer)
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times weight [N, K] transposed, plus bias [N], in float32, by oneDNN, weight as it is."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _pack(layer: Any) -> None:
+    """Make the copy of a linear layer's weight that oneDNN computes with; it must be made again after each change."""
+    from vllm import _custom_ops as ops
+
+    if layer.weight.ndim != 2 or layer.weight.is_meta or not ops._supports_onednn:
+        layer.cpu_linear = torch.nn.functional.linear
+        return
+    packed = ops.create_onednn_mm(layer.weight.t(), PRIMITIVES)
+    layer.cpu_linear = lambda x, weight, bias: ops.onednn_mm(packed, x, bias)
 
 
 def _keep_process_group() -> None:

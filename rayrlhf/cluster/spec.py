@@ -73,6 +73,8 @@ def thread_count(settings: ClusterConfig) -> int:
 
 
 def process_env(spec: RoleSpec, settings: ClusterConfig) -> dict[str, str]:
-    """Environment of a role's process. OpenMP threads which spin at barriers take the cores away from other roles."""
-    threads = {"OMP_NUM_THREADS": str(thread_count(settings)), "OMP_WAIT_POLICY": "PASSIVE"}
+    """Environment of a role's process. OpenMP threads which spin at barriers take the cores away from other processes."""
+    threads = {"OMP_NUM_THREADS": str(thread_count(settings))}
+    if settings.executor == "ray":
+        threads["OMP_WAIT_POLICY"] = "PASSIVE"
     return {**threads, **spec.env}

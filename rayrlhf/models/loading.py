@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from rayrlhf.config.trainers import LoraConfig, ModelConfig
 from rayrlhf.errors import InputRefused
+from rayrlhf.models.cpu import with_cpu_kernels
 from rayrlhf.models.heads import ScalarModel, output_logits
 from rayrlhf.models.packing import packs
 
@@ -169,7 +170,7 @@ def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype) -> Any:
     lm, found = loaded
     _refuse_missing(path, found)
     _refuse_leaks(path, lm.base_model, model)
-    return without_dropout(lm)
+    return with_cpu_kernels(without_dropout(lm))
 
 
 def without_dropout(model: Any) -> Any:
@@ -273,7 +274,7 @@ def _backbone(path: str, model: ModelConfig, dtype: torch.dtype, num_layers: int
         )
     _refuse_missing(path, found)
     _refuse_leaks(path, backbone, model)
-    return without_dropout(backbone)
+    return with_cpu_kernels(without_dropout(backbone))
 
 
 def shorten(config: PretrainedConfig, num_layers: int, path: str) -> None:
@@ -344,4 +345,4 @@ def load_reward_model(
         raise InputRefused(
             f"reward model {path!r} ({type(classifier).__name__}) has no linear head named score or classifier"
         )
-    return ScalarModel(without_dropout(classifier.base_model), head)
+    return ScalarModel(with_cpu_kernels(without_dropout(classifier.base_model)), head)

@@ -92,10 +92,10 @@ def side_by_side(
     Returns:
         The timed steps, each contender's memory after the last of them, and its versions.
     """
-    # Waiting threads sleep, so that contenders whose turn it isn't leave the cores alone.
+    # How OpenMP threads wait is left to each: by default they spin for some milliseconds and then sleep, so that
+    # contenders whose turn it isn't leave the cores alone.
     environment = {
         "OMP_NUM_THREADS": str(options.threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }

@@ -98,3 +98,5 @@ def test_threads(monkeypatch):
     assert thread_count(ClusterConfig()) == len(os.sched_getaffinity(0))
     env = process_env(RoleSpec("a", "m:C", env={"OMP_NUM_THREADS": "1", "X": "y"}), ClusterConfig(threads=3))
     assert env == {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "X": "y"}
+    alone = process_env(RoleSpec("a", "m:C"), ClusterConfig(threads=3, executor="inline"))
+    assert alone == {"OMP_NUM_THREADS": "3"}

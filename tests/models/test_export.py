@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rayrlhf.actors.policy import PolicyTrainer
+from rayrlhf.models.cpu import with_cpu_kernels
 from rayrlhf.models.export import named_weights
 from tests.models.making import LENGTHS, alone, config_of, parts_of, ragged_tokens, settings, training_batch
 from tests.models.rank_cases import save_and_export
@@ -25,7 +26,7 @@ def logits(path: Path) -> torch.Tensor:
     model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
-        return model.eval()(input_ids=ragged_tokens()[0][1][None]).logits
+        return with_cpu_kernels(model.eval())(input_ids=ragged_tokens()[0][1][None]).logits
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
