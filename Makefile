@@ -1,4 +1,5 @@
 # make quickstart   environment, a real model, PPO on it: two CPU cores, a quarter of an hour
+# make pairs        preference pairs from that model, for reward models and DPO
 # make test         environment, then all tests
 # make bench        side-by-side timings (needs idle cores)
 
@@ -13,7 +14,7 @@ QUICKSTART := build/quickstart
 export OMP_WAIT_POLICY ?= PASSIVE
 export TQDM_DISABLE ?= 1
 
-.PHONY: install install-dev quickstart test lint bench docs clean
+.PHONY: install install-dev quickstart pairs test lint bench docs clean
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -31,6 +32,12 @@ $(QUICKSTART)/prompts.jsonl: $(VENV)/installed examples/prepare_quickstart.py
 
 quickstart: $(QUICKSTART)/prompts.jsonl
 	$(BIN)/rayrlhf train configs/quickstart.yaml run_dir=$(RUN)
+
+# Preference pairs of the quickstart's model (sampled and ranked by the reward): for configs/dpo_local.yaml and others.
+$(QUICKSTART)/pairs.jsonl: $(QUICKSTART)/prompts.jsonl
+	$(BIN)/rayrlhf sample configs/quickstart.yaml $@ -n 6 --prompts 400 --least-gap 0.2
+
+pairs: $(QUICKSTART)/pairs.jsonl
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rayrlhf.actors.trainer import MinibatchLoss, TrainerRole, scatter_tokens
+from rayrlhf.actors.trainer import LOSS, TOKENS, MinibatchLoss, StepCounts, TrainerRole, scatter_tokens, token_weights
 from rayrlhf.algorithms import value_loss
 from rayrlhf.batch import Batch
 from rayrlhf.config import Config
@@ -27,7 +27,9 @@ class CriticTrainer(TrainerRole):
         total_steps: optimizer steps of the whole run.
     """
 
+    config: Config
     training_columns = ("tokens", "response_mask", "values", "returns")
+    statistics = {"value_loss": LOSS, "value_clipfrac": TOKENS}
 
     def __init__(self, world: World, config: Config, model_path: str, total_steps: int):
         critic = config.critic
@@ -55,11 +57,9 @@ class CriticTrainer(TrainerRole):
     def training_forward(self):
         return self.trainer.engine
 
-    def loss_aggregation(self) -> tuple[str, float | None]:
-        return "token_mean", None
-
-    def minibatch_loss(self, shard: Batch, weights: Tensor) -> MinibatchLoss:
+    def minibatch_loss(self, shard: Batch, counts: StepCounts) -> MinibatchLoss:
         """The clipped value loss, averaged over the response tokens."""
+        weights = token_weights(shard, counts, "token_mean")
         clip_range = self.config.ppo.clip_range_value
 
         def loss(inputs: ModelInput, outputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+data_app = typer.Typer(help="Look at data before a run does.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML configuration.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it at run time)
@@ -104,6 +107,105 @@ def generate(
         texts = run_generation(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat)
         for question, text in zip(prompt, texts, strict=True):
             print(f"> {question}\n{text}\n" if len(prompt) > 1 else text)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", help="The file to write; by default report.html in the first run's folder."),
+    ] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Write the plots as PNG files beside it too.")] = False,
+) -> None:
+    """Write one HTML file about runs, which opens without a network."""
+    with _told_plainly():
+        from rayrlhf.evaluation.report import write_report
+
+        print(write_report(runs, out or runs[0] / "report.html", pngs=plots))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
+) -> None:
+    """Write a run's model as one Hugging Face folder: adapters are merged, and checked against the unmerged model."""
+    with _told_plainly():
+        _prepare_process(alone=True)
+        from rayrlhf.drivers.export import export_model
+
+        for line in export_model(run, out):
+            print(line)
+
+
+@app.command()
+def sample(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write; it must not exist.")],
+    overrides: Overrides = None,
+    responses: Annotated[int, typer.Option("--responses", "-n", min=1, help="Responses to each prompt.")] = 4,
+    prompts: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--prompts", min=1, help="Use only the first so many training prompts."),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--as", help="pairs (best over worst), best (for sft), or all (every response).")
+    ] = "pairs",
+    least_gap: Annotated[
+        float, typer.Option("--least-gap", min=0.0, help="Leave out pairs whose scores differ by less, and ties.")
+    ] = 0.0,
+) -> None:
+    """Let a PPO configuration's model answer its prompts, score the responses, and write preference pairs or examples."""
+    with _told_plainly():
+        from rayrlhf.config import load_config
+
+        loaded = load_config(config, overrides or [])
+        _prepare_process(alone=loaded.cluster.executor == "inline")
+        from rayrlhf.drivers.sample import sample_responses
+
+        sample_responses(loaded, out, responses=responses, prompts=prompts, form=form, least_gap=least_gap)
+
+
+@data_app.command("check")
+def data_check(
+    what: Annotated[Path, typer.Argument(metavar="FILE_OR_CONFIG", help="A data file, or a configuration.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--model", help="Model whose tokenizer and chat template are used with a file."),
+    ] = None,
+    fix: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--fix", help="Write a copy without the rows that have errors; the original stays."),
+    ] = None,
+) -> None:
+    """Say what is wrong with data, by file and line. Exit code 2 where a run would refuse them."""
+    with _told_plainly():
+        _prepare_process(alone=True)
+        from rayrlhf.drivers.data_check import check_data
+
+        raise typer.Exit(check_data(what, overrides or [], model=model, fix_to=fix))
+
+
+@app.command("serve-reward")
+def serve_reward(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A reward model's folder, such as RUN/model.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; others than this machine's own need a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8900,
+    token_env: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Environment variable with the token that clients must send."),
+    ] = None,
+) -> None:
+    """Serve a reward model over HTTP."""
+    with _told_plainly():
+        _prepare_process(alone=True)
+        from rayrlhf.drivers.serve import serve_reward_model
+
+        serve_reward_model(model, host=host, port=port, token_env=token_env)
 
 
 @app.command()

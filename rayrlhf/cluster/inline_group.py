@@ -12,7 +12,7 @@ from rayrlhf.cluster.clock import BusyClock
 from rayrlhf.cluster.errors import START, Failure, RoleFailed
 from rayrlhf.cluster.group import Group, Pending, check_chunk, check_new_columns
 from rayrlhf.cluster.spec import RoleSpec, load_class, process_env, thread_count
-from rayrlhf.config.schema import ClusterConfig
+from rayrlhf.config.base import ClusterConfig
 from rayrlhf.errors import InputRefused
 from rayrlhf.models.world import World
 

@@ -20,7 +20,7 @@ from rayrlhf.cluster.ray_logs import last_lines
 from rayrlhf.cluster.ray_pending import Deadline, Members, answer, collect_failures, is_failure, root_failure
 from rayrlhf.cluster.ray_process import RoleProcess
 from rayrlhf.cluster.spec import RoleSpec, process_env, thread_count
-from rayrlhf.config.schema import ClusterConfig
+from rayrlhf.config.base import ClusterConfig
 from rayrlhf.errors import InputRefused
 from rayrlhf.models.world import World
 

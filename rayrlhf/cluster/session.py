@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from rayrlhf.config.schema import ClusterConfig
+from rayrlhf.config.base import ClusterConfig
 from rayrlhf.errors import InputRefused
 
 __all__ = ["is_private", "ray_session", "resolve_address"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayrlhf.config.schema import ClusterConfig
+from rayrlhf.config.base import ClusterConfig
 
 __all__ = ["RoleSpec", "load_class", "process_env", "thread_count"]
 

@@ -9,7 +9,7 @@ from typing import Literal
 from rayrlhf.cluster.group import Group
 from rayrlhf.cluster.inline_group import start_inline
 from rayrlhf.cluster.spec import RoleSpec
-from rayrlhf.config.schema import ClusterConfig
+from rayrlhf.config.base import ClusterConfig
 
 __all__ = ["Groups", "start_groups"]
 

@@ -11,18 +11,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayrlhf.config.derive import Derived, PlanRow, RoleShare, plan_rows, uses_policy_as_reference
+    from rayrlhf.config.base import CheckpointConfig, ClusterConfig, MonitoringConfig, RunConfig
+    from rayrlhf.config.derive import Derived, DerivedOffline, RoleShare, uses_policy_as_reference
     from rayrlhf.config.dump import dump_config, to_yaml
     from rayrlhf.config.load import load_config
+    from rayrlhf.config.offline import (
+        DPOConfig,
+        ExamplesConfig,
+        ExampleSource,
+        GuardConfig,
+        PreferenceConfig,
+        RewardModelConfig,
+        RewardModelSettings,
+        SFTConfig,
+        SFTSettings,
+        TrainingConfig,
+    )
+    from rayrlhf.config.plan import PlanRow, plan_rows
+    from rayrlhf.config.roots import ROOTS, AnyConfig, OfflineConfig
     from rayrlhf.config.rules import Violation, broken_rules, source_name
     from rayrlhf.config.schema import (
-        CheckpointConfig,
-        ClusterConfig,
         Config,
         DataConfig,
         EvaluationConfig,
-        MonitoringConfig,
         PPOConfig,
+        PPOMonitoringConfig,
         RewardConfig,
         RewardSource,
         RolloutConfig,
@@ -38,26 +51,42 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ROOTS",
+    "AnyConfig",
     "CheckpointConfig",
     "ClusterConfig",
     "Config",
     "CriticConfig",
+    "DPOConfig",
     "DataConfig",
     "Derived",
+    "DerivedOffline",
     "EvaluationConfig",
+    "ExampleSource",
+    "ExamplesConfig",
+    "GuardConfig",
     "LoraConfig",
     "ModelConfig",
     "MonitoringConfig",
+    "OfflineConfig",
     "OptimizerConfig",
     "PPOConfig",
+    "PPOMonitoringConfig",
     "PlanRow",
     "PolicyConfig",
+    "PreferenceConfig",
     "ReferenceConfig",
     "RewardConfig",
+    "RewardModelConfig",
+    "RewardModelSettings",
     "RewardSource",
     "RoleShare",
     "RolloutConfig",
+    "RunConfig",
+    "SFTConfig",
+    "SFTSettings",
     "TrainedConfig",
+    "TrainingConfig",
     "Violation",
     "broken_rules",
     "dump_config",
@@ -69,9 +98,24 @@ __all__ = [
 ]
 
 _HOMES = {
-    "derive": ("Derived", "PlanRow", "RoleShare", "plan_rows", "uses_policy_as_reference"),
+    "base": ("CheckpointConfig", "ClusterConfig", "MonitoringConfig", "RunConfig"),
+    "derive": ("Derived", "DerivedOffline", "RoleShare", "uses_policy_as_reference"),
     "dump": ("dump_config", "to_yaml"),
     "load": ("load_config",),
+    "offline": (
+        "DPOConfig",
+        "ExampleSource",
+        "ExamplesConfig",
+        "GuardConfig",
+        "PreferenceConfig",
+        "RewardModelConfig",
+        "RewardModelSettings",
+        "SFTConfig",
+        "SFTSettings",
+        "TrainingConfig",
+    ),
+    "plan": ("PlanRow", "plan_rows"),
+    "roots": ("ROOTS", "AnyConfig", "OfflineConfig"),
     "rules": ("Violation", "broken_rules", "source_name"),
     "trainers": (
         "CriticConfig",

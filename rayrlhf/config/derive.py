@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal
 
+from rayrlhf.config.offline import PreferenceConfig
+from rayrlhf.config.roots import OfflineConfig
 from rayrlhf.config.schema import Config
 
-__all__ = ["Derived", "PlanRow", "RoleShare", "derive", "plan_rows", "uses_policy_as_reference"]
+__all__ = [
+    "Derived",
+    "DerivedOffline",
+    "RoleShare",
+    "derive",
+    "derive_offline",
+    "longest_of",
+    "needs_reference",
+    "takes",
+    "uses_policy_as_reference",
+]
 
 
 @dataclass(frozen=True)
@@ -56,16 +68,32 @@ class Derived:
         return sum(self.processes.values())
 
 
-class PlanRow(NamedTuple):
-    """One line of the plan."""
+@dataclass(frozen=True)
+class DerivedOffline:
+    """Numbers that follow from a configuration of training on examples, for the whole cluster."""
 
-    section: str
-    name: str
-    value: str
-    how: str
+    samples_per_example: int
+    """Sequences of one example: 2 of a pair, and of a completion with the mismatched one that kto compares it with."""
+    samples_per_step: int
+    """Sequences of one optimizer step."""
+    max_tokens_per_step: int
+    """Tokens of a step where every sequence is as long as can be."""
+    steps_per_epoch: int | None
+    """Optimizer steps of an epoch; None where the number of examples isn't known."""
+    total_steps: int | None
+    """Optimizer steps of the run, unless it ends early; None where neither the number of examples is known nor
+    training.max_steps given."""
+    shares: dict[str, RoleShare]
+    """By role: policy, and reference where there is one. Of a training step."""
+    processes: dict[str, int]
+    """Processes by role, in the order in which they are planned."""
+
+    @property
+    def total_processes(self) -> int:
+        return sum(self.processes.values())
 
 
-def uses_policy_as_reference(config: Config) -> bool:
+def uses_policy_as_reference(config: Config | PreferenceConfig) -> bool:
     """Whether the reference is the policy with its adapters off, in the policy's own processes."""
     return config.reference is not None and config.reference.path is None and config.policy.lora is not None
 
@@ -83,8 +111,8 @@ def _shares(config: Config, samples_per_step: int, longest: int) -> dict[str, Ro
     if critic is not None:
         shares["critic"] = _share(minibatch, critic.ranks, critic.tokens_per_micro_batch, longest)
     if reference is not None:
-        ranks = policy.ranks if uses_policy_as_reference(config) else reference.ranks
-        shares["reference"] = _share(samples_per_step, ranks, reference.tokens_per_micro_batch, longest)
+        at = policy if uses_policy_as_reference(config) else reference
+        shares["reference"] = _share(samples_per_step, at.ranks, at.tokens_per_micro_batch, longest)
     if any(source.model is not None for source in reward.sources):
         shares["reward"] = _share(samples_per_step, reward.ranks, reward.tokens_per_micro_batch, longest)
     return shares
@@ -118,72 +146,79 @@ def derive(config: Config) -> Derived:
     )
 
 
-def plan_rows(config: Config) -> list[PlanRow]:
-    """The plan as rows of section, name, value and how the value comes about."""
-    return [*_batch_rows(config), *_role_rows(config), *_process_rows(config)]
+# -- training on examples ---------------------------------------------------------------------------------------
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+def needs_reference(loss: str) -> bool:
+    """Whether a preference loss compares the policy with a reference."""
+    return loss not in ("simpo", "orpo")
 
 
-def _batch_rows(config: Config) -> list[PlanRow]:
-    ppo, rollout, d = config.ppo, config.rollout, derive(config)
-    samples, engines = _count(d.samples_per_step, "sample"), _count(rollout.engines, "engine")
-    lengths = f"{config.data.max_prompt_tokens:,} prompt + {rollout.max_response_tokens:,} response"
-    step = [
-        ("prompts", ppo.prompts_per_step, "ppo.prompts_per_step"),
-        (
-            "samples",
-            d.samples_per_step,
-            f"{_count(ppo.prompts_per_step, 'prompt')} x {rollout.samples_per_prompt} each",
-        ),
-        ("samples an engine", d.samples_per_engine, f"{samples} over {engines}, {rollout.max_num_seqs:,} at a time"),
-        ("minibatches a pass", d.minibatches_per_epoch, f"{samples} / {ppo.minibatch_samples:,} a minibatch"),
-        (
-            "optimizer steps",
-            d.optimizer_steps_per_step,
-            f"{d.minibatches_per_epoch:,} a pass x {_count(ppo.ppo_epochs, 'pass')}",
-        ),
-        ("tokens a sample, at most", d.max_sample_tokens, lengths),
-        ("tokens, at most", d.max_tokens_per_step, f"{samples} x {d.max_sample_tokens:,}"),
-    ]
-    run = [
-        ("steps", ppo.steps, "ppo.steps"),
-        ("samples", d.total_samples, f"{_count(ppo.steps, 'step')} x {d.samples_per_step:,}"),
-        ("optimizer steps", d.total_optimizer_steps, f"{_count(ppo.steps, 'step')} x {d.optimizer_steps_per_step:,}"),
-    ]
-    return [
-        PlanRow(section, name, f"{value:,}", how)
-        for section, rows in (("one step", step), ("the run", run))
-        for name, value, how in rows
-    ]
+def takes(config: OfflineConfig) -> Literal["examples", "pairs", "labelled"]:
+    """What an algorithm trains on: completions, pairs, or labelled completions."""
+    if config.algorithm == "sft":
+        return "examples"
+    return "labelled" if config.algorithm == "dpo" and config.dpo.loss == "kto" else "pairs"
 
 
-def _role_rows(config: Config) -> list[PlanRow]:
-    d = derive(config)
-    rows = []
-    for role, share in d.shares.items():
-        trained = role in ("policy", "critic")
-        whole = config.ppo.minibatch_samples if trained else d.samples_per_step
-        unit = "a minibatch" if trained else "a step"
-        how = f"{_count(whole, 'sample')} over {_count(share.ranks, 'rank')}"
-        rows.append(PlanRow(role, f"samples a rank, {unit}", f"{share.samples_per_rank:,}", how))
-        fit = _count(share.samples_per_micro_batch, "full-length sample")
-        how = f"{fit} in {role}.tokens_per_micro_batch {getattr(config, role).tokens_per_micro_batch:,}"
-        rows.append(PlanRow(role, f"micro-batches a rank, {unit}", f"{share.micro_batches:,}", how))
-    return rows
+def _longest_trained(config: OfflineConfig, role: str) -> tuple[int, str]:
+    """The most tokens that stay together in one forward over training examples, and how they come about."""
+    prompt, whole, kind = config.data.max_prompt_tokens, config.data.max_tokens, takes(config)
+    if kind == "labelled":
+        return prompt + whole, "a prompt with another one's completion: data.max_prompt_tokens + data.max_tokens"
+    if kind == "pairs" and role == "policy":
+        return 2 * whole, "a pair: twice data.max_tokens"
+    return whole, "data.max_tokens"
 
 
-def _process_rows(config: Config) -> list[PlanRow]:
-    d = derive(config)
-    if config.cluster.executor == "inline":
-        return [PlanRow("processes", "in all", "1", "cluster.executor inline: every role in the driver's process")]
-    rows = [
-        PlanRow("processes", role, f"{count:,}", f"{role}.{'engines' if role == 'rollout' else 'ranks'}")
-        for role, count in d.processes.items()
-    ]
-    if uses_policy_as_reference(config):
-        rows.insert(1, PlanRow("processes", "reference", "0", "the policy with its LoRA adapters off"))
-    device = "GPUs" if config.cluster.device == "cuda" else "the CPU"
-    return [*rows, PlanRow("processes", "in all", f"{d.total_processes:,}", f"on {device}, beside the driver")]
+def longest_of(config: OfflineConfig, role: str) -> tuple[int, str]:
+    """The most tokens that stay together in one forward of the policy or the reference, and how they come about.
+
+    Over training examples, and over the responses that are sampled for the guard's KL.
+    """
+    trained = _longest_trained(config, role)
+    if config.algorithm != "dpo" or config.guard.kl_prompts == 0:
+        return trained
+    sampled = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    how = "data.max_prompt_tokens + rollout.max_response_tokens"
+    if role == "reference" and not needs_reference(config.dpo.loss):
+        return sampled, how
+    return max(trained, (sampled, how))
+
+
+def derive_offline(config: OfflineConfig, examples: int | None = None) -> DerivedOffline:
+    """All derived numbers of a configuration that was loaded, so that its rules hold.
+
+    Args:
+        examples: training examples, once the data is read.
+    """
+    training, kind = config.training, takes(config)
+    each = 1 if kind == "examples" else 2
+    samples = each * training.batch_examples
+    epoch = None if examples is None else -(-examples // training.batch_examples)
+    total = training.max_steps
+    if epoch is not None:
+        total = min(epoch * training.epochs, total or epoch * training.epochs)
+    shares, processes = {"policy": _trained_share(config, each)}, {"policy": config.policy.ranks}
+    if config.algorithm == "dpo" and config.reference is not None:
+        shared = uses_policy_as_reference(config)
+        at = config.policy if shared else config.reference
+        if needs_reference(config.dpo.loss):
+            longest, _ = _longest_trained(config, "reference")
+            shares["reference"] = _share(samples, at.ranks, at.tokens_per_micro_batch, longest)
+        if not shared:
+            processes["reference"] = config.reference.ranks
+    if config.algorithm == "dpo" and config.guard.kl_prompts > 0:
+        processes["rollout"] = config.rollout.engines
+    longest, _ = _longest_trained(config, "reference")
+    return DerivedOffline(each, samples, samples * longest, epoch, total, shares, processes)
+
+
+def _trained_share(config: OfflineConfig, each: int) -> RoleShare:
+    """What falls to a rank of the policy: an example's samples stay on one rank, a pair's in one micro-batch."""
+    ranks, budget = config.policy.ranks, config.policy.tokens_per_micro_batch
+    together = 2 if takes(config) == "pairs" else 1
+    per_rank = each * -(-config.training.batch_examples // ranks)
+    longest, _ = _longest_trained(config, "policy")
+    fit = together * (budget // longest)
+    return RoleShare(ranks, per_rank, fit, -(-per_rank // fit) if fit else 0)

@@ -10,15 +10,16 @@ from typing import Any
 
 import yaml
 
-from rayrlhf.config.schema import Config
+from rayrlhf.config.base import RunConfig
+from rayrlhf.config.roots import keys_of
 from rayrlhf.config.trainers import Section
 from rayrlhf.errors import RunFailed
 
 __all__ = ["dump_config", "scalar", "to_yaml"]
 
 
-def dump_config(config: Config, path: str | Path) -> None:
-    """Write the configuration, defaults included, with each key's doc as a comment. Loading it gives an equal `Config`.
+def dump_config(config: RunConfig, path: str | Path) -> None:
+    """Write the configuration, defaults included, with each key's doc as a comment. Loading it gives an equal one.
 
     The file is there with all of its text or not at all.
 
@@ -35,14 +36,14 @@ def dump_config(config: Config, path: str | Path) -> None:
         raise RunFailed(f"can't write the configuration to {target}: {error.strerror or error}") from error
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: RunConfig) -> str:
     """The configuration as commented YAML."""
     return "\n".join(_section(config, 0)).lstrip("\n") + "\n"
 
 
 def _section(section: Section, depth: int) -> Iterator[str]:
     indent = "  " * depth
-    for name, info in type(section).model_fields.items():
+    for name, info in keys_of(type(section)).items():
         value = getattr(section, name)
         doc = " ".join((info.description or "").split()).replace("``", "")
         if depth == 0:

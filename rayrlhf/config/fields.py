@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rayrlhf.config.schema import Config
+from rayrlhf.config.roots import ROOTS, Root, keys_of
 from rayrlhf.config.trainers import Section
 from rayrlhf.config.words import CHOICE_SYNONYMS, KEY_SYNONYMS
 
@@ -20,10 +20,12 @@ __all__ = [
     "all_fields",
     "choices",
     "field_at",
+    "holds_list",
     "kinds",
     "legal",
     "nearest_choice",
     "nearest_keys",
+    "owners",
     "section_of",
 ]
 
@@ -68,11 +70,17 @@ def _is_union(annotation: Any) -> bool:
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section class of ``Section``, ``Section | None`` and ``list[Section]``; None of all else."""
-    for part in get_args(annotation) if _is_union(annotation) or get_origin(annotation) is list else (annotation,):
-        if isinstance(part, type) and issubclass(part, Section):
-            return part
-    return None
+    """The section class of ``Section``, ``Section | None`` and ``list[Section]``, alone or in a union; None of all
+    else."""
+    base, _ = _unwrap(annotation)
+    if _is_union(base) or get_origin(base) is list:
+        return next((section for part in get_args(base) if (section := section_of(part)) is not None), None)
+    return base if isinstance(base, type) and issubclass(base, Section) else None
+
+
+def holds_list(annotation: Any) -> bool:
+    """Whether a value may be a list of sections or of other values."""
+    return list in kinds(annotation)
 
 
 def kinds(annotation: Any) -> set[Any]:
@@ -128,7 +136,8 @@ def legal(annotation: Any, metadata: list[Any] | None = None) -> str:
         return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
     if get_origin(base) is list:
         least = max((m.min_length for m in constraints if hasattr(m, "min_length")), default=0)
-        inner = "sections" if section_of(base) else "texts"
+        options = [str(choice) for choice in choices(get_args(base)[0])]
+        inner = "sections" if section_of(base) else f"any of {', '.join(options)}" if options else "texts"
         return f"a list of {'at least one of ' if least else ''}{inner}"
     if get_origin(base) is tuple:
         return f"a list of {len(get_args(base))}: each {legal(get_args(base)[0])}"
@@ -145,23 +154,33 @@ def legal(annotation: Any, metadata: list[Any] | None = None) -> str:
 
 
 def _walk(owner: type[Section], prefix: Path) -> Iterator[Field]:
-    for name, info in owner.model_fields.items():
+    for name, info in keys_of(owner).items():
         path = (*prefix, name)
         yield Field(path, info, owner)
         section = section_of(info.annotation)
         if section is not None:
-            yield from _walk(section, (*path, "0") if get_origin(info.annotation) is list else path)
+            yield from _walk(section, (*path, "0") if holds_list(info.annotation) else path)
 
 
-@lru_cache(maxsize=1)
-def all_fields() -> dict[Path, Field]:
-    """Every key of the schema, sections included, in its order. The elements of a list of sections have index 0."""
-    return {field.path: field for field in _walk(Config, ())}
+@lru_cache(maxsize=len(ROOTS))
+def all_fields(root: Root) -> dict[Path, Field]:
+    """Every key of an algorithm's configuration, sections included, in its order. The elements of a list of sections
+    have index 0."""
+    return {field.path: field for field in _walk(root, ())}
 
 
-def field_at(path: Path) -> Field | None:
+def _with_zeros(path: Path) -> Path:
+    return tuple("0" if part.isdecimal() else part for part in path)
+
+
+def field_at(path: Path, root: Root) -> Field | None:
     """The field at a path whose list indices are whatever they are."""
-    return all_fields().get(tuple("0" if part.isdecimal() else part for part in path))
+    return all_fields(root).get(_with_zeros(path))
+
+
+def owners(path: Path) -> list[str]:
+    """The algorithms whose configuration has a key at a path."""
+    return [name for name, root in ROOTS.items() if field_at(path, root) is not None]
 
 
 def nearest_choice(value: Any, annotation: Any) -> Any:
@@ -183,15 +202,16 @@ def _shared(a: Path, b: Path) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def nearest_keys(path: Path) -> list[str]:
-    """The legal keys that an unknown key may have meant, at most three, likeliest first.
+def nearest_keys(path: Path, root: Root, misspelt: bool = True) -> list[str]:
+    """The legal keys of an algorithm that an unknown key may have meant, at most three, likeliest first.
 
     Looked for in this order: the same word with other dashes or capitals, the same word in another section, a close
-    misspelling in the same section, another trainer's word for it, and a misspelling anywhere.
+    misspelling in the same section, another trainer's word for it, and a misspelling anywhere; where it can't be
+    misspelt, without the misspellings.
     """
-    parent = tuple("0" if part.isdecimal() else part for part in path[:-1])
+    parent = _with_zeros(path[:-1])
     word = _normal(path[-1])
-    fields = all_fields()
+    fields = all_fields(root)
     siblings = {p[-1]: ".".join((*path[:-1], p[-1])) for p in fields if p[:-1] == parent}
     if word in siblings:
         return [siblings[word]]
@@ -200,15 +220,16 @@ def nearest_keys(path: Path) -> list[str]:
     if parent and elsewhere:
         most = _shared(tuple(elsewhere[0].split(".")), parent)
         elsewhere = [key for key in elsewhere if _shared(tuple(key.split(".")), parent) == most]
-    found = [siblings[name] for name in difflib.get_close_matches(word, list(siblings), 1, 0.8)] + elsewhere
+    near = difflib.get_close_matches(word, list(siblings), 1, 0.8) if misspelt else []
+    found = [siblings[name] for name in near] + elsewhere
     for name in (f"{parent[-1]}_{word}" if parent else word, word):
         if not found and name in KEY_SYNONYMS:
-            found = list(KEY_SYNONYMS[name])
+            found = [key for key in KEY_SYNONYMS[name] if tuple(key.split(".")) in fields]
             inside = [key for key in found if _shared(tuple(key.split(".")), parent)]
             found = inside or found
-    if not found:
+    if not found and misspelt:
         found = [siblings[name] for name in difflib.get_close_matches(word, list(siblings), 1, 0.65)]
-    if not found:
+    if not found and misspelt:
         named: dict[str, list[str]] = {}
         for field in fields.values():
             for name in {field.path[-1], field.key}:

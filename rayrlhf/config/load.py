@@ -10,19 +10,20 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from rayrlhf.config.choosing import foreign, given_root
 from rayrlhf.config.dump import dump_config
-from rayrlhf.config.fields import choices, field_at, kinds, legal, nearest_choice, nearest_keys, section_of
+from rayrlhf.config.fields import choices, field_at, kinds, legal, nearest_keys, section_of
+from rayrlhf.config.roots import ROOTS, AnyConfig, Root, keys_of
 from rayrlhf.config.rules import broken_rules
-from rayrlhf.config.schema import Config
 from rayrlhf.config.source import COMMAND_LINE, Node, Place, Problem, apply_overrides, read_file
 from rayrlhf.config.trainers import Section
+from rayrlhf.config.wording import NOTHING, hint, is_number, shown
 from rayrlhf.errors import InputRefused
 
 __all__ = ["dump_config", "load_config"]
 
 Path = tuple[str, ...]
 
-_NOTHING = re.compile(r"none|nil|null|undefined", re.IGNORECASE)
 _PATH_KEYS = {
     ("run_dir",),
     ("policy", "path"),
@@ -33,11 +34,15 @@ _PATH_KEYS = {
     ("reward", "sources", "0", "model"),
     ("data", "prompts"),
     ("data", "eval_prompts"),
+    ("data", "train"),
+    ("data", "train", "0", "path"),
+    ("data", "validation"),
+    ("data", "validation", "0", "path"),
 }
 
 
-def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration.
+def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> AnyConfig:
+    """Read a configuration: that of the algorithm which it names, of PPO where it names none.
 
     Args:
         path: the YAML file.
@@ -51,8 +56,8 @@ def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> Config:
     problems: list[Problem] = []
     tree = read_file(path, problems)
     apply_overrides(tree, list(overrides), _is_text, problems)
-    checker = _Checker(tree, Place(str(path)), problems)
-    config = checker.check()
+    root = given_root(tree, Place(str(path)), problems)
+    config = _Checker(tree, root, Place(str(path)), problems).check() if root is not None else None
     if config is None or problems:
         raise InputRefused([str(problem) for problem in _in_order(problems, str(path))])
     return config
@@ -65,79 +70,20 @@ def _in_order(problems: list[Problem], path: str) -> list[Problem]:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a key takes nothing but a text (or null): the value of its override is then taken as it was written."""
-    if len(path) > 1 and path[-1].isdecimal():
-        parent = field_at(path[:-1])
-        return (
-            parent is not None
-            and kinds(parent.info.annotation) == {list}
-            and section_of(parent.info.annotation) is None
-        )
-    field = field_at(path)
-    return field is not None and kinds(field.info.annotation) <= {str, None} and not choices(field.info.annotation)
+    """Whether a key takes nothing but a text (or null): the value of its override is then taken as it was written.
+
+    Which algorithm it is isn't known yet: the key is a text wherever it is legal.
+    """
+    element = len(path) > 1 and path[-1].isdecimal()
+    found = [field for root in ROOTS.values() if (field := field_at(path[:-1] if element else path, root)) is not None]
+    annotations = [field.info.annotation for field in found]
+    if element:
+        return bool(found) and all(kinds(a) == {list} and section_of(a) is None for a in annotations)
+    return bool(found) and all(kinds(a) <= {str, None} and not choices(a) for a in annotations)
 
 
 def _is_path(path: Path) -> bool:
     return tuple("0" if part.isdecimal() else part for part in path) in _PATH_KEYS
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _shown(node: Node) -> str:
-    """A value as a message shows it."""
-    value = node.value
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return f"the text {value if len(value) <= 80 else value[:77] + '...'!r}"
-    if isinstance(value, dict):
-        return f"a section with the keys {', '.join(value)}" if value else "an empty section"
-    if isinstance(value, list):
-        text = str(node.plain())
-        return f"the list {text}" if len(text) <= 60 else f"a list of {len(value)}"
-    return node.text or str(value)
-
-
-def _hint(node: Node, annotation: Any, key: str) -> str:
-    """What the writer of a wrong value may have meant, empty where nothing comes to mind."""
-    value, legal_kinds = node.value, kinds(annotation)
-    if isinstance(value, str) and _NOTHING.fullmatch(value) and None in legal_kinds:
-        return "; YAML's word for nothing is null, without quotes"
-    if value is None:
-        if Section in legal_kinds:
-            without = ", null to do without it" if None in legal_kinds else ""
-            return f"; are the lines below it not indented? Write {{}} for the defaults{without}"
-        return (
-            "; a lone ~ is null in YAML" if node.text == "~" else "; is its value missing?" if node.text == "" else ""
-        )
-    if isinstance(value, dict) and list in legal_kinds:
-        return "; put '- ' before the first key to make it a list of one"
-    if isinstance(value, dict):
-        return "; a text with ': ' in it needs quotes" if str in legal_kinds else ""
-    if list in legal_kinds and not isinstance(value, list):
-        nearest = nearest_choice(value, annotation)
-        return f"; did you mean {nearest}?" if nearest else "" if section_of(annotation) else f"; write [{node.text}]"
-    if choices(annotation):
-        nearest = nearest_choice(value, annotation)
-        return f"; did you mean {nearest}?" if nearest is not None and not isinstance(value, list) else ""
-    if Section in legal_kinds:
-        if value is False and None in legal_kinds:
-            return "; write null to do without it"
-        return f"; give its keys, indented below it, or {key}.KEY=VALUE on the command line"
-    if isinstance(value, str) and legal_kinds & {int, float}:
-        if re.fullmatch(r"\s*[-+]?\d+,\d+\s*", value):
-            return "; the decimal sign is a point, and thousands are not separated (or by _)"
-        if re.match(r"\s*[-+]?[\d.]+\s*%", value):
-            return "; write a share as a number, 0.2 for 20%"
-        if re.match(r"\s*[-+]?\d[\d.]*\s*[A-Za-z]", value):
-            return "; write the number alone: the key has a fixed unit"
-        if "*" in value or "/" in value:
-            return "; write the result: nothing is computed in a configuration"
-    return "; quotes make a text of it" if isinstance(value, bool) and str in legal_kinds else ""
 
 
 class _Checker:
@@ -146,16 +92,18 @@ class _Checker:
     A field with a problem is `bad`: the rules which read it are not applied, all others are.
     """
 
-    def __init__(self, tree: Node, file: Place, problems: list[Problem]):
+    def __init__(self, tree: Node, root: Root, file: Place, problems: list[Problem]):
         self.tree = tree
+        self.root = root
         self.file = file
         self.problems = problems
         self.nodes: dict[Path, Node] = {}
-        self.bad: set[Path] = {tuple(p.key.split(".")) for p in problems if p.key}
+        # An illegal algorithm has been replaced in the tree by the one that was probably meant.
+        self.bad: set[Path] = {tuple(p.key.split(".")) for p in problems if p.key not in ("", "algorithm")}
 
-    def check(self) -> Config | None:
+    def check(self) -> AnyConfig | None:
         """The configuration as far as it can be made, its problems added to the list; None where nothing can be."""
-        plain = self._section(self.tree, Config, ())
+        plain = self._section(self.tree, self.root, ())
         config = self._validated(plain)
         if config is not None:
             for violation in broken_rules(config, self.bad):
@@ -185,7 +133,7 @@ class _Checker:
         for name in [name for name in given if name not in cls.model_fields]:
             self._unknown(given, name, cls, path)
         plain: dict[str, Any] = {}
-        for name, info in cls.model_fields.items():
+        for name, info in keys_of(cls).items():
             here = (*path, name)
             if name in given:
                 self.nodes[here] = given[name]
@@ -205,19 +153,20 @@ class _Checker:
         here = (*path, name)
         self.nodes[here] = node
         if "." in name and node.place.source != COMMAND_LINE:
-            legal_key = field_at((*path, *name.split(".")))
+            legal_key = field_at((*path, *name.split(".")), self.root)
             nested = f"write it nested, {name.split('.')[0]}: and below it {name.split('.', 1)[1]}:"
             self._report(here, f"dotted keys are for the command line; {nested if legal_key else 'nest the keys'}")
             if legal_key:
                 self.bad.add((*path, *name.split(".")))
             return
-        meant = nearest_keys(here)
+        other = foreign(here, self.root, self.tree)
+        meant = nearest_keys(here, self.root, misspelt=other is None)
         section = ".".join(path) or "the top level"
         if meant:
             advice = f"did you mean {' or '.join(meant)}?"
         else:
-            advice = f"legal in {section}: {', '.join(cls.model_fields)}"
-        self._report(here, f"there is no such key; {advice}")
+            advice = f"legal in {section}: {', '.join(keys_of(cls))}"
+        self._report(here, f"{other or 'there is no such key'}; {advice}")
         sibling = (
             meant[0].rpartition(".")[2]
             if len(meant) == 1 and meant[0] == ".".join((*path, meant[0].rpartition(".")[2]))
@@ -240,12 +189,10 @@ class _Checker:
 
     def _value(self, node: Node, info: FieldInfo, path: Path) -> Any:
         section = section_of(info.annotation)
-        if section is None:
+        if section is None or not isinstance(node.value, dict | list):
             return self._texts(node, info.annotation, path)
         if isinstance(node.value, dict):
             return self._section(node, section, path)
-        if not isinstance(node.value, list):
-            return node.value
         items = []
         for index, item in enumerate(node.value):
             here = (*path, str(index))
@@ -253,9 +200,7 @@ class _Checker:
             if isinstance(item.value, dict):
                 items.append(self._section(item, section, here))
             else:
-                self._report(
-                    here, f"found {_shown(item)}; legal: {legal(section)}{_hint(item, section, '.'.join(here))}"
-                )
+                self._report(here, f"found {shown(item)}; legal: {legal(section)}{hint(item, section, '.'.join(here))}")
                 items.append({})
         return items
 
@@ -271,23 +216,21 @@ class _Checker:
         refused |= isinstance(value, list) and list not in allowed
         refused |= Section in allowed and not isinstance(value, dict | list | None)
         if isinstance(value, str) and None in allowed and not node.quoted and value not in words:
-            refused |= _NOTHING.fullmatch(value) is not None
+            refused |= NOTHING.fullmatch(value) is not None
         if refused:
             self._wrong(path, node, annotation, metadata)
         elif isinstance(value, str) and _is_path(path) and re.search(r"\$\{.*\}|^\$\w", value):
             self._report(
                 path,
-                f"found {_shown(node)}; variables are not filled in: write the path itself, or let the shell do it",
+                f"found {shown(node)}; variables are not filled in: write the path itself, or let the shell do it",
             )
-        elif section_of(annotation) is not None and isinstance(value, dict) and get_origin(annotation) is list:
-            self._wrong(path, node, annotation, metadata)
         else:
             return True
         return False
 
     def _wrong(self, path: Path, node: Node, annotation: Any, metadata: list[Any] | None = None) -> None:
-        hint = _hint(node, annotation, ".".join(path))
-        self._report(path, f"found {_shown(node)}; legal: {legal(annotation, metadata)}{hint}")
+        meant = hint(node, annotation, ".".join(path))
+        self._report(path, f"found {shown(node)}; legal: {legal(annotation, metadata)}{meant}")
 
     def _texts(self, node: Node, annotation: Any, path: Path) -> Any:
         """A leaf's value; a number where a text is meant is taken as it was written (``split: 2023``)."""
@@ -298,8 +241,8 @@ class _Checker:
             if get_origin(annotation) is tuple and any(isinstance(item.value, bool) for item in node.value):
                 self._wrong(path, node, annotation)
             as_written = get_origin(annotation) is list
-            return [item.text if as_written and _is_number(item.value) else item.plain() for item in node.value]
-        if _is_number(node.value) and str in allowed and not choices(annotation):
+            return [item.text if as_written and is_number(item.value) else item.plain() for item in node.value]
+        if is_number(node.value) and str in allowed and not choices(annotation):
             return node.text
         if isinstance(node.value, str) and _is_path(path) and node.value.startswith("~/"):
             return str(FilePath.home() / node.value[2:])
@@ -309,32 +252,43 @@ class _Checker:
 
     # -- values -------------------------------------------------------------------------------------------------
 
-    def _validated(self, plain: dict[str, Any]) -> Config | None:
+    def _validated(self, plain: dict[str, Any]) -> AnyConfig | None:
         """The configuration. Where values are refused, they are reported, and stand-ins take their place."""
         for _ in range(2):
-            stand_in(plain, Config, (), self.bad)
+            stand_in(plain, self.root, (), self.bad)
             try:
-                return Config.model_validate(plain)
+                return self.root.model_validate(plain)
             except ValidationError as error:
-                for detail in error.errors(include_url=False):
-                    self._translate(tuple(str(part) for part in detail["loc"]), detail["msg"])
+                told = {self._path_of(detail["loc"]): detail["msg"] for detail in error.errors(include_url=False)}
+                for path, message in told.items():
+                    # Of a union, what is wrong inside a value that is of one of its kinds says more.
+                    if not any(other[: len(path)] == path for other in told if other != path):
+                        self._translate(path, message)
         return None
 
-    def _translate(self, loc: Path, message: str) -> None:
-        """Report one of pydantic's errors, whose location may go on below the key, into an element or a type's name."""
-        path = next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in self.nodes or n == 0)
+    def _path_of(self, loc: Sequence[str | int]) -> Path:
+        """The key that one of pydantic's locations is about: without the names of types, which stand in it for unions."""
+        path: Path = ()
+        for part in map(str, loc):
+            if (*path, part) in self.nodes:
+                path = (*path, part)
+        return path
+
+    def _translate(self, path: Path, message: str) -> None:
+        """Report one of pydantic's errors."""
         if any(path[:n] in self.bad for n in range(1, len(path) + 1)):
             return
-        field = field_at(path)
+        field = field_at(path, self.root)
         if field is not None:
             self._wrong(path, self.nodes[path], field.info.annotation, field.info.metadata)
             return
-        parent = field_at(path[:-1]) if path else None
+        parent = field_at(path[:-1], self.root) if path else None
         if parent is None or not get_args(parent.info.annotation):
             self._report(path or ("configuration",), f"isn't legal: {message[:1].lower()}{message[1:]}", self.file)
             return
         node = self.nodes[path]
-        self._report(path, f"found {_shown(node)}; legal in {parent.key}: {parent.legal}")
+        meant = hint(node, get_args(parent.info.annotation)[0], ".".join(path))
+        self._report(path, f"found {shown(node)}; legal in {parent.key}: {parent.legal}{meant}")
         self.bad.add(path[:-1])
 
 
@@ -352,11 +306,12 @@ def stand_in(plain: dict[str, Any], cls: type[Section], path: Path, bad: set[Pat
             for index, item in enumerate(plain[name]):
                 stand_in(item, section, (*here, str(index)), bad)
         elif name not in plain and info.is_required() and here in bad:
-            if get_origin(info.annotation) is list:
-                plain[name] = [{}]
+            allowed = kinds(info.annotation)
+            if str in allowed:
+                plain[name] = next(iter(choices(info.annotation)), "?")
             elif section:
                 self_made: dict[str, Any] = {}
                 stand_in(self_made, section, here, bad | {(*here, key) for key in section.model_fields})
-                plain[name] = self_made
+                plain[name] = [self_made] if list in allowed else self_made
             else:
-                plain[name] = 1 if int in kinds(info.annotation) else "?"
+                plain[name] = 1

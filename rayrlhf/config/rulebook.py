@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+
+from rayrlhf.config.base import RunConfig
+from rayrlhf.config.roots import Root
 
 __all__ = ["RULES", "Rule", "Violation", "rule"]
 
@@ -22,6 +25,8 @@ class Rule(NamedTuple):
     """A check, called with the configuration and, where the rule is about several, with each role or source's index."""
 
     check: Check
+    of: tuple[Root, ...]
+    """The root classes for which it holds."""
     roles: tuple[str, ...]
     sources: bool
 
@@ -29,21 +34,29 @@ class Rule(NamedTuple):
     def doc(self) -> str:
         return " ".join((self.check.__doc__ or "").split())
 
-    def arguments(self, config: Any) -> list[tuple[Any, ...]]:
-        """The arguments of all calls."""
+    def arguments(self, config: Any, root: type[RunConfig]) -> list[tuple[Any, ...]]:
+        """The arguments of all calls: none where the rule doesn't hold for the root class."""
+        if not issubclass(root, self.of):
+            return []
         if self.sources:
             return [(config, index) for index in range(len(config.reward.sources))]
-        return [(config, role) for role in self.roles] if self.roles else [(config,)]
+        return [(config, role) for role in self.roles if role in root.model_fields] if self.roles else [(config,)]
 
 
 RULES: list[Rule] = []
 
 
-def rule(*roles: str, sources: bool = False) -> Callable[[Check], Check]:
-    """Put a check into the book; with roles, or for the sources of reward, one that is called for each of them."""
+def rule(*roles: str, of: Sequence[Root], sources: bool = False) -> Callable[[Check], Check]:
+    """Put a check into the book.
+
+    Args:
+        roles: the check is called for each of these sections that the configuration's class has.
+        of: the root classes for which it holds.
+        sources: the check is called for each source of reward.
+    """
 
     def register(check: Check) -> Check:
-        RULES.append(Rule(check, roles, sources))
+        RULES.append(Rule(check, tuple(of), roles, sources))
         return check
 
     return register

@@ -9,13 +9,23 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from rayrlhf.config import rules_ppo, rules_roles  # they fill RULES
+from rayrlhf.config import rules_offline, rules_ppo, rules_preference, rules_roles  # they fill RULES
+from rayrlhf.config.base import RunConfig
 from rayrlhf.config.rulebook import RULES, Rule, Violation
 from rayrlhf.config.rules_roles import source_name
-from rayrlhf.config.schema import Config
 from rayrlhf.config.trainers import Section
 
-__all__ = ["RULES", "Rule", "Violation", "broken_rules", "rules_ppo", "rules_roles", "source_name"]
+__all__ = [
+    "RULES",
+    "Rule",
+    "Violation",
+    "broken_rules",
+    "rules_offline",
+    "rules_ppo",
+    "rules_preference",
+    "rules_roles",
+    "source_name",
+]
 
 Path = tuple[str, ...]
 
@@ -55,13 +65,13 @@ def _view(value: Any, path: Path, bad: Collection[Path]) -> Any:
     return _Views(value, path, bad) if isinstance(value, list) else value
 
 
-def broken_rules(config: Config, bad: Collection[Path] = ()) -> list[Violation]:
-    """All violations, of the rules which don't read one of the keys ``bad``."""
+def broken_rules(config: RunConfig, bad: Collection[Path] = ()) -> list[Violation]:
+    """All violations, of the rules for its class which don't read one of the keys ``bad``."""
     view = _View(config, (), bad)
     violations: list[Violation] = []
     for rule in RULES:
         try:
-            calls = rule.arguments(view)
+            calls = rule.arguments(view, type(config))
         except _UndecidableError:
             continue
         for arguments in calls:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rayrlhf.config.derive import derive
+from rayrlhf.config.derive import derive, uses_policy_as_reference
 from rayrlhf.config.rulebook import Violation, rule
 from rayrlhf.config.schema import Config
+
+PPO = (Config,)
 
 # -- batches ----------------------------------------------------------------------------------------------------
 
@@ -17,7 +19,7 @@ def _nearest_divisors(number: int, wanted: int) -> str:
     return " and ".join(str(d) for d in below + above)
 
 
-@rule()
+@rule(of=PPO)
 def _minibatch_divides(config: Config) -> Iterator[Violation]:
     """`ppo.minibatch_samples` divides `ppo.prompts_per_step` * `rollout.samples_per_prompt`."""
     found, prompts, each = config.ppo.minibatch_samples, config.ppo.prompts_per_step, config.rollout.samples_per_prompt
@@ -31,7 +33,7 @@ def _minibatch_divides(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule("policy", "critic")
+@rule("policy", "critic", of=PPO)
 def _minibatch_fills_ranks(config: Config, role: str) -> Iterator[Violation]:
     """`ppo.minibatch_samples` is at least `policy.ranks` and `critic.ranks`: each rank trains on something."""
     section, found = getattr(config, role), config.ppo.minibatch_samples
@@ -43,7 +45,7 @@ def _minibatch_fills_ranks(config: Config, role: str) -> Iterator[Violation]:
         )
 
 
-@rule("reference", "reward", "rollout")
+@rule("reference", "reward", "rollout", of=PPO)
 def _samples_fill_ranks(config: Config, role: str) -> Iterator[Violation]:
     """`reference.ranks`, `reward.ranks` and `rollout.engines` are at most the samples of a step."""
     section = getattr(config, role)
@@ -59,11 +61,13 @@ def _samples_fill_ranks(config: Config, role: str) -> Iterator[Violation]:
         )
 
 
-@rule("policy", "critic", "reference", "reward")
+@rule("policy", "critic", "reference", "reward", of=PPO)
 def _longest_sample_fits(config: Config, role: str) -> Iterator[Violation]:
     """`tokens_per_micro_batch` of each role is at least `data.max_prompt_tokens` + `rollout.max_response_tokens`."""
     section = getattr(config, role)
     if section is None or (role == "reward" and all(source.model is None for source in section.sources)):
+        return
+    if role == "reference" and uses_policy_as_reference(config):
         return
     prompt, response, found = (
         config.data.max_prompt_tokens,
@@ -78,7 +82,7 @@ def _longest_sample_fits(config: Config, role: str) -> Iterator[Violation]:
         )
 
 
-@rule("policy", "critic")
+@rule("policy", "critic", of=PPO)
 def _warmup_ends(config: Config, role: str) -> Iterator[Violation]:
     """`optimizer.warmup_steps` is less than the optimizer steps of the run."""
     section = getattr(config, role)
@@ -94,23 +98,10 @@ def _warmup_ends(config: Config, role: str) -> Iterator[Violation]:
         )
 
 
-@rule("policy", "critic")
-def _lr_falls(config: Config, role: str) -> Iterator[Violation]:
-    """`optimizer.min_lr_ratio` above 0 needs the schedule `linear` or `cosine`."""
-    section = getattr(config, role)
-    if section is not None and section.optimizer.schedule == "constant" and section.optimizer.min_lr_ratio > 0:
-        yield Violation(
-            (f"{role}.optimizer.min_lr_ratio", f"{role}.optimizer.schedule"),
-            f"found {section.optimizer.min_lr_ratio:g} with {role}.optimizer.schedule constant, where the learning"
-            " rate doesn't fall;"
-            " legal: 0, or the schedule linear or cosine",
-        )
-
-
 # -- the algorithm ----------------------------------------------------------------------------------------------
 
 
-@rule()
+@rule(of=PPO)
 def _gae_has_critic(config: Config) -> Iterator[Violation]:
     """The estimator `gae` needs a `critic`."""
     if config.ppo.advantage_estimator == "gae" and config.critic is None:
@@ -122,7 +113,7 @@ def _gae_has_critic(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
+@rule(of=PPO)
 def _groups_have_no_critic(config: Config) -> Iterator[Violation]:
     """The estimators `rloo` and `grpo` need `critic: null`: they would never use it."""
     estimator = config.ppo.advantage_estimator
@@ -134,7 +125,7 @@ def _groups_have_no_critic(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
+@rule(of=PPO)
 def _groups_have_members(config: Config) -> Iterator[Violation]:
     """The estimators `rloo` and `grpo` need `rollout.samples_per_prompt` of at least 2: they compare a prompt's
     samples."""
@@ -147,7 +138,7 @@ def _groups_have_members(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
+@rule(of=PPO)
 def _groups_have_no_discount(config: Config) -> Iterator[Violation]:
     """The estimators `rloo` and `grpo` need `ppo.gamma` 1: they weigh whole responses."""
     if config.ppo.advantage_estimator != "gae" and config.ppo.gamma != 1:
@@ -159,7 +150,7 @@ def _groups_have_no_discount(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
+@rule(of=PPO)
 def _bootstrap_has_values(config: Config) -> Iterator[Violation]:
     """`ppo.truncated_responses: bootstrap` needs the estimator `gae`: the value comes from the critic."""
     if config.ppo.truncated_responses == "bootstrap" and config.ppo.advantage_estimator != "gae":
@@ -171,7 +162,7 @@ def _bootstrap_has_values(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
+@rule(of=PPO)
 def _kl_has_reference(config: Config) -> Iterator[Violation]:
     """`ppo.kl_coef` or `ppo.kl_loss_coef` above 0, and the adaptive controller, need a `reference`."""
     if config.reference is not None:
@@ -190,7 +181,7 @@ def _kl_has_reference(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
+@rule(of=PPO)
 def _target_and_controller(config: Config) -> Iterator[Violation]:
     """`ppo.target_kl` and `ppo.kl_controller: adaptive` go together."""
     target, controller = config.ppo.target_kl, config.ppo.kl_controller
@@ -207,7 +198,7 @@ def _target_and_controller(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
+@rule(of=PPO)
 def _adaptive_can_move(config: Config) -> Iterator[Violation]:
     """`ppo.kl_controller: adaptive` needs `ppo.kl_coef` above 0: it multiplies it."""
     if config.ppo.kl_controller == "adaptive" and config.ppo.kl_coef == 0:
@@ -217,7 +208,7 @@ def _adaptive_can_move(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
+@rule(of=PPO)
 def _horizon_is_gentle(config: Config) -> Iterator[Violation]:
     """`ppo.kl_horizon` is above a fifth of a step's samples where the controller adapts: else `kl_coef` could fall to 0."""
     samples = config.ppo.prompts_per_step * config.rollout.samples_per_prompt
@@ -229,7 +220,7 @@ def _horizon_is_gentle(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
+@rule(of=PPO)
 def _whole_distribution(config: Config) -> Iterator[Violation]:
     """`rollout.top_p` below 1 and `rollout.top_k` above 0 need `ppo.importance_sampling_cap: null`."""
     if config.ppo.importance_sampling_cap is None:
@@ -247,7 +238,7 @@ def _whole_distribution(config: Config) -> Iterator[Violation]:
             )
 
 
-@rule()
+@rule(of=PPO)
 def _denominator_and_aggregation(config: Config) -> Iterator[Violation]:
     """`ppo.loss_denominator` and `ppo.loss_aggregation: fixed_denominator` go together."""
     found, aggregation = config.ppo.loss_denominator, config.ppo.loss_aggregation

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rayrlhf.config.derive import uses_policy_as_reference
+from rayrlhf.config.offline import PreferenceConfig
+from rayrlhf.config.roots import EVERY, AnyConfig
 from rayrlhf.config.rulebook import Violation, rule
 from rayrlhf.config.schema import Config
 from rayrlhf.config.trainers import ReferenceConfig
@@ -29,7 +31,7 @@ def _yaml(value: Any) -> str:
 # -- reward -----------------------------------------------------------------------------------------------------
 
 
-@rule(sources=True)
+@rule(of=(Config,), sources=True)
 def _one_kind_of_source(config: Config, index: int) -> Iterator[Violation]:
     """Each of `reward.sources` has exactly one of `function` and `model`."""
     key, source = f"reward.sources.{index}", config.reward.sources[index]
@@ -43,7 +45,7 @@ def _one_kind_of_source(config: Config, index: int) -> Iterator[Violation]:
         yield Violation((key,), "found neither function nor model; legal: exactly one of them")
 
 
-@rule(sources=True)
+@rule(of=(Config,), sources=True)
 def _function_is_import_path(config: Config, index: int) -> Iterator[Violation]:
     """`function` of a reward source is `package.module:function`."""
     found = config.reward.sources[index].function
@@ -61,7 +63,7 @@ def _function_is_import_path(config: Config, index: int) -> Iterator[Violation]:
     )
 
 
-@rule()
+@rule(of=(Config,))
 def _unique_sources(config: Config) -> Iterator[Violation]:
     """The names of `reward.sources` differ: they are names of metrics."""
     first: dict[str, int] = {}
@@ -77,7 +79,7 @@ def _unique_sources(config: Config) -> Iterator[Violation]:
         first.setdefault(name, index)
 
 
-@rule()
+@rule(of=(Config,))
 def _length_penalty_applies(config: Config) -> Iterator[Violation]:
     """`reward.length_penalty_from` needs `reward.length_penalty`, and is less than `rollout.max_response_tokens`."""
     start, penalty, longest = (
@@ -103,8 +105,8 @@ def _length_penalty_applies(config: Config) -> Iterator[Violation]:
 # -- models -----------------------------------------------------------------------------------------------------
 
 
-@rule(*_MODEL_ROLES)
-def _flash_attention_runs(config: Config, role: str) -> Iterator[Violation]:
+@rule(*_MODEL_ROLES, of=EVERY)
+def _flash_attention_runs(config: AnyConfig, role: str) -> Iterator[Violation]:
     """`attention: flash_attention_2` needs `dtype: bfloat16` and `cluster.device: cuda`."""
     section = getattr(config, role)
     if section is None or section.attention != "flash_attention_2":
@@ -118,8 +120,8 @@ def _flash_attention_runs(config: Config, role: str) -> Iterator[Violation]:
         )
 
 
-@rule(*_MODEL_ROLES)
-def _packing_has_boundaries(config: Config, role: str) -> Iterator[Violation]:
+@rule(*_MODEL_ROLES, of=EVERY)
+def _packing_has_boundaries(config: AnyConfig, role: str) -> Iterator[Violation]:
     """`packing: true` needs the attention `sdpa` or `flash_attention_2`."""
     section = getattr(config, role)
     if section is not None and section.packing and section.attention == "eager":
@@ -129,14 +131,13 @@ def _packing_has_boundaries(config: Config, role: str) -> Iterator[Violation]:
         )
 
 
-@rule()
-def _shared_reference_has_policy_settings(config: Config) -> Iterator[Violation]:
-    """A `reference` that is the policy without its LoRA adapters leaves `dtype`, `attention`, `packing`, `ranks` and
-    `trust_remote_code` to the policy."""
+@rule(of=(Config, PreferenceConfig))
+def _shared_reference_has_policy_settings(config: Config | PreferenceConfig) -> Iterator[Violation]:
+    """A `reference` that is the policy without its LoRA adapters leaves everything to the policy."""
     if not uses_policy_as_reference(config):
         return
-    for name in ("dtype", "attention", "packing", "ranks", "trust_remote_code"):
-        found, default = getattr(config.reference, name), ReferenceConfig.model_fields[name].default
+    for name, info in ReferenceConfig.model_fields.items():
+        found, default = getattr(config.reference, name), info.default
         if found != default:
             yield Violation(
                 (f"reference.{name}", "policy.lora", "reference.path"),
@@ -146,8 +147,8 @@ def _shared_reference_has_policy_settings(config: Config) -> Iterator[Violation]
             )
 
 
-@rule(*_MODEL_ROLES)
-def _path_is_model(config: Config, role: str) -> Iterator[Violation]:
+@rule(*_MODEL_ROLES, of=EVERY)
+def _path_is_model(config: AnyConfig, role: str) -> Iterator[Violation]:
     """`path` of a model is a folder, a name or a .gguf file, not another weight file."""
     section = getattr(config, role)
     if section is not None and section.path is not None and section.path.endswith(_WEIGHT_FILES):
@@ -160,11 +161,24 @@ def _path_is_model(config: Config, role: str) -> Iterator[Violation]:
         )
 
 
+@rule("policy", "critic", of=EVERY)
+def _lr_falls(config: AnyConfig, role: str) -> Iterator[Violation]:
+    """`optimizer.min_lr_ratio` above 0 needs the schedule `linear` or `cosine`."""
+    section = getattr(config, role)
+    if section is not None and section.optimizer.schedule == "constant" and section.optimizer.min_lr_ratio > 0:
+        yield Violation(
+            (f"{role}.optimizer.min_lr_ratio", f"{role}.optimizer.schedule"),
+            f"found {section.optimizer.min_lr_ratio:g} with {role}.optimizer.schedule constant, where the learning"
+            " rate doesn't fall;"
+            " legal: 0, or the schedule linear or cosine",
+        )
+
+
 # -- data and evaluation ----------------------------------------------------------------------------------------
 
 
-@rule()
-def _template_for_system_prompt(config: Config) -> Iterator[Violation]:
+@rule(of=EVERY)
+def _template_for_system_prompt(config: AnyConfig) -> Iterator[Violation]:
     """`data.system_prompt` and `policy.chat_template` need `data.chat_template` `auto` or `always`."""
     if config.data.chat_template != "never":
         return
@@ -181,7 +195,7 @@ def _template_for_system_prompt(config: Config) -> Iterator[Violation]:
             )
 
 
-@rule()
+@rule(of=(Config,))
 def _files_have_no_splits(config: Config) -> Iterator[Violation]:
     """`data.split` and `data.subset` are for Hugging Face datasets: files have neither."""
     paths = [path for path in (config.data.prompts, config.data.eval_prompts) if path is not None]
@@ -199,7 +213,7 @@ def _files_have_no_splits(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
+@rule(of=(Config,))
 def _prompts_are_left(config: Config) -> Iterator[Violation]:
     """`data.limit` is more than `evaluation.prompts`, where those are taken out of `data.prompts`."""
     limit, held_out = config.data.limit, config.evaluation.prompts
@@ -212,7 +226,7 @@ def _prompts_are_left(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
+@rule(of=(Config,))
 def _evaluation_has_prompts(config: Config) -> Iterator[Violation]:
     """`evaluation.every_steps` and `data.eval_prompts` need `evaluation.prompts` above 0."""
     if config.evaluation.prompts > 0:
@@ -234,8 +248,8 @@ def _evaluation_has_prompts(config: Config) -> Iterator[Violation]:
 # -- where it runs ----------------------------------------------------------------------------------------------
 
 
-@rule("policy", "critic", "reference", "reward", "rollout")
-def _inline_is_one_process(config: Config, role: str) -> Iterator[Violation]:
+@rule("policy", "critic", "reference", "reward", "rollout", of=EVERY)
+def _inline_is_one_process(config: AnyConfig, role: str) -> Iterator[Violation]:
     """`cluster.executor: inline` needs all `ranks` and `rollout.engines` to be 1."""
     section = getattr(config, role)
     name = "engines" if role == "rollout" else "ranks"
@@ -248,18 +262,21 @@ def _inline_is_one_process(config: Config, role: str) -> Iterator[Violation]:
         )
 
 
-@rule()
-def _inline_has_no_ray(config: Config) -> Iterator[Violation]:
-    """`cluster.address` and `rollout.weight_transport: object_store` need `cluster.executor: ray`."""
-    if config.cluster.executor == "ray":
-        return
-    if config.cluster.address is not None:
+@rule(of=EVERY)
+def _inline_has_no_ray(config: AnyConfig) -> Iterator[Violation]:
+    """`cluster.address` needs `cluster.executor: ray`."""
+    if config.cluster.executor == "inline" and config.cluster.address is not None:
         yield Violation(
             ("cluster.address", "cluster.executor"),
             f"found {config.cluster.address!r}, but cluster.executor inline uses no Ray; legal: null, or the executor"
             " ray",
         )
-    if config.rollout.weight_transport == "object_store":
+
+
+@rule(of=(Config, PreferenceConfig))
+def _inline_shares_memory(config: Config | PreferenceConfig | PreferenceConfig) -> Iterator[Violation]:
+    """`rollout.weight_transport: object_store` needs `cluster.executor: ray`."""
+    if config.cluster.executor == "inline" and config.rollout.weight_transport == "object_store":
         yield Violation(
             ("rollout.weight_transport", "cluster.executor"),
             "found object_store, which is Ray's, but cluster.executor inline uses no Ray; legal: auto or"
@@ -267,8 +284,8 @@ def _inline_has_no_ray(config: Config) -> Iterator[Violation]:
         )
 
 
-@rule()
-def _cache_is_vllms(config: Config) -> Iterator[Violation]:
+@rule(of=(Config, PreferenceConfig))
+def _cache_is_vllms(config: Config | PreferenceConfig) -> Iterator[Violation]:
     """`rollout.kv_cache_gib` needs `rollout.engine: vllm`."""
     if config.rollout.engine != "vllm" and config.rollout.kv_cache_gib is not None:
         yield Violation(
@@ -276,4 +293,15 @@ def _cache_is_vllms(config: Config) -> Iterator[Violation]:
             f"found {config.rollout.kv_cache_gib:g}, but rollout.engine {config.rollout.engine} has no cache of a"
             " fixed size; legal: null,"
             " or the engine vllm",
+        )
+
+
+@rule(of=EVERY)
+def _stopping_rules_apply(config: AnyConfig) -> Iterator[Violation]:
+    """No rule stands in both `health.ignore` and `health.stop_on`."""
+    both = [name for name in config.health.stop_on if name in list(config.health.ignore)]
+    if both:
+        yield Violation(
+            ("health.stop_on", "health.ignore"),
+            f"found {', '.join(both)}, which health.ignore leaves out; legal: in one of the two",
         )

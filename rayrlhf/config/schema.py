@@ -1,4 +1,4 @@
-"""Every key of a configuration, with its type, unit, default and meaning.
+"""Every key of a PPO run's configuration, with its type, unit, default and meaning.
 
 Sizes of batches are always said in prompts, samples or tokens, for the whole cluster; what falls to one device is
 derived (`rayrlhf.config.derive`). This module imports neither torch nor ray nor vllm.
@@ -6,26 +6,23 @@ derived (`rayrlhf.config.derive`). This module imports neither torch nor ray nor
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import ConfigDict, Field
 
+from rayrlhf.config.base import MonitoringConfig, RunConfig
 from rayrlhf.config.trainers import CriticConfig, PolicyConfig, Positive, ReferenceConfig, Section, Text
 
 __all__ = [
-    "CheckpointConfig",
-    "ClusterConfig",
     "Config",
     "DataConfig",
     "EvaluationConfig",
-    "MonitoringConfig",
     "PPOConfig",
+    "PPOMonitoringConfig",
     "RewardConfig",
     "RewardSource",
     "RolloutConfig",
 ]
-
-Seconds = Annotated[float, Field(gt=0)]
 
 
 class DataConfig(Section):
@@ -186,8 +183,6 @@ class PPOConfig(Section):
     importance_sampling_cap: float | None = Field(default=2.0, ge=1)
     """Cap of the truncated importance weights which correct for the difference between rollout engine and trainer;
     null: off."""
-    max_skipped_steps: Positive = 3
-    """So many optimizer steps with non-finite loss or gradient, one after the other, end the run."""
 
 
 class EvaluationConfig(Section):
@@ -199,50 +194,18 @@ class EvaluationConfig(Section):
     """Pairs of samples, before and after, that the comparison shows at the end."""
 
 
-class CheckpointConfig(Section):
-    every_steps: int = Field(default=0, ge=0)
-    """Save after every so many steps, and after the last; 0: after the last only."""
-    keep: Positive = 2
-    """Checkpoints that are kept; older ones are removed."""
-
-
-class MonitoringConfig(Section):
-    progress: Literal["auto", "table", "lines", "none"] = "auto"
-    """Live table, one line a step, or nothing; ``auto`` takes the table on a terminal, else lines."""
-    tensorboard: bool = True
-    """Write TensorBoard events into the run's folder."""
-    wandb_project: Text | None = None
-    """Log to this Weights & Biases project; needs ``pip install wandb``."""
+class PPOMonitoringConfig(MonitoringConfig):
     samples_per_step: int = Field(default=4, ge=0)
     """Samples of each step that are written to samples.jsonl."""
 
 
-class ClusterConfig(Section):
-    executor: Literal["ray", "inline"] = "ray"
-    """``ray``: each role in processes of its own. ``inline``: every role in the driver's process, for a debugger."""
-    address: Text | None = None
-    """Ray cluster to join: ``auto`` or ``host:port``. Without it a Ray of its own is started on this machine."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the models run."""
-    threads: Positive | None = None
-    """Threads of each process on a CPU; by default all cores that the machine gives us."""
-    start_timeout_s: Seconds = 600.0
-    """Deadline, in seconds, for all roles to come up."""
-    call_timeout_s: Seconds = 1800.0
-    """Deadline, in seconds, of each call of a role."""
+class Config(RunConfig):
+    """Proximal policy optimisation."""
 
-
-class Config(Section):
-    """A whole run."""
-
-    model_config = ConfigDict(title="rayrlhf configuration")
+    model_config = ConfigDict(title="rayrlhf configuration of PPO")
 
     algorithm: Literal["ppo"] = "ppo"
-    """What is trained."""
-    run_dir: Text
-    """Folder of the run: configuration, metrics, samples, checkpoints, model. Made where it doesn't exist."""
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    """Everything random is derived from it."""
+    """Proximal policy optimisation, or another policy gradient; ``ppo.advantage_estimator`` names it."""
     policy: PolicyConfig
     """The model that is trained."""
     critic: CriticConfig | None = CriticConfig()
@@ -259,9 +222,5 @@ class Config(Section):
     """The algorithm."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Comparison on held-out prompts."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    """When the state of the run is saved."""
-    monitoring: MonitoringConfig = MonitoringConfig()
+    monitoring: PPOMonitoringConfig = PPOMonitoringConfig()
     """What is shown and written down."""
-    cluster: ClusterConfig = ClusterConfig()
-    """Where the roles run."""

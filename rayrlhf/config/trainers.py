@@ -26,7 +26,12 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values don't change, docs stand under the fields."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        defer_build=True,
     )
 
 
@@ -60,6 +65,8 @@ class OptimizerConfig(Section):
     """Optimizer steps of linear warm-up from 0."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end of ``linear`` and ``cosine``, in multiples of ``lr``."""
+    max_skipped_steps: Positive = 3
+    """So many optimizer steps with non-finite loss or gradient, one after the other, end the run."""
 
 
 class ModelConfig(Section):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from rayrlhf.config.offline import ExamplesConfig
 from rayrlhf.config.schema import DataConfig
 from rayrlhf.data.conversation import Identity, Message, as_messages, identity, prompt_problem, text_problem
 from rayrlhf.data.report import SourceReport
-from rayrlhf.data.source import Row, Source, nearest
+from rayrlhf.data.source import Row, Source, complete_rows
 from rayrlhf.data.tokens import PromptTokenizer
 
-__all__ = ["Candidate", "prepare"]
+__all__ = ["Candidate", "encode", "prepare", "unused_system_prompt", "write"]
+
+C = TypeVar("C", bound="Candidate")
 
 
 @dataclass
@@ -31,37 +35,19 @@ def prepare(
     source: Source, data: DataConfig, completion_column: str | None, encoder: PromptTokenizer
 ) -> tuple[list[Candidate], SourceReport | None]:
     """The usable prompts of a source, and the report on it; what is wrong goes to the source's problems."""
-    wanted = [data.prompt_column] + ([completion_column] if completion_column else [])
-    rows = _with_columns(source, wanted, {data.prompt_column: "data.prompt_column"})
+    keys = {data.prompt_column: "data.prompt_column"}
+    if completion_column:
+        keys[completion_column] = "data.completion_column"
+    rows = complete_rows(source, keys)
     candidates = [c for row in rows if (c := _check(source, row, data, completion_column)) is not None]
-    candidates = _write(source, candidates, data, encoder)
-    _encode(source, candidates, encoder)
+    candidates = write(source, candidates, data, encoder)
+    encode(source, candidates, encoder)
     candidates = [candidate for candidate in candidates if candidate.tokens]
     if not candidates:
         if not source.problems:
             source.problem("it has no prompts")
         return [], None
     return _fit(source, candidates, data, encoder)
-
-
-def _with_columns(source: Source, wanted: list[str], keys: dict[str, str]) -> list[Row]:
-    """The rows that have all columns. A column that no row has is one problem, otherwise it is one of each row."""
-    absent = [column for column in wanted if source.rows and all(column not in row.values for row in source.rows)]
-    for column in absent:
-        names = list(dict.fromkeys(str(name) for row in source.rows[:100] for name in row.values))
-        key = keys.get(column, "data.completion_column")
-        source.problem(f"there is no column {column!r} ({key}); the columns are {names}{nearest(column, names)}")
-    complete = []
-    for row in source.rows:
-        missing = [column for column in wanted if column not in row.values and column not in absent]
-        for column in missing:
-            names = list(row.values)
-            source.problem(
-                f"there is no column {column!r}; the columns are {names}{nearest(column, names)}", row.number
-            )
-        if not missing and not absent:
-            complete.append(row)
-    return complete
 
 
 def _check(source: Source, row: Row, data: DataConfig, completion_column: str | None) -> Candidate | None:
@@ -84,7 +70,7 @@ def _check(source: Source, row: Row, data: DataConfig, completion_column: str | 
     )
 
 
-def _write(source: Source, candidates: list[Candidate], data: DataConfig, encoder: PromptTokenizer) -> list[Candidate]:
+def write(source: Source, candidates: list[C], data: DataConfig | ExamplesConfig, encoder: PromptTokenizer) -> list[C]:
     """Apply the chat template; those that it can't be applied to are problems."""
     conversations = [candidate for candidate in candidates if candidate.messages is not None]
     if conversations and not encoder.has_template:
@@ -92,7 +78,8 @@ def _write(source: Source, candidates: list[Candidate], data: DataConfig, encode
         first = source.at(conversations[0].number)
         source.problem(
             f"{len(conversations)} of {len(candidates)} prompts need a chat template ({why}; the first is {first}), "
-            "and the tokenizer has none. Give a file with a Jinja template in policy.chat_template"
+            "and the tokenizer has none. Give a file with a Jinja template in policy.chat_template",
+            kind="template",
         )
         return [candidate for candidate in candidates if candidate.messages is None]
     written = []
@@ -102,7 +89,9 @@ def _write(source: Source, candidates: list[Candidate], data: DataConfig, encode
                 candidate.written = encoder.render(candidate.messages)
         # a template is a program, and can raise anything
         except Exception as error:
-            source.problem(f"the chat template refuses it: {type(error).__name__}: {error}", candidate.number)
+            source.problem(
+                f"the chat template refuses it: {type(error).__name__}: {error}", candidate.number, "template"
+            )
             continue
         written.append(candidate)
     _check_system_prompt(source, conversations, data, encoder)
@@ -110,7 +99,7 @@ def _write(source: Source, candidates: list[Candidate], data: DataConfig, encode
 
 
 def _check_system_prompt(
-    source: Source, conversations: list[Candidate], data: DataConfig, encoder: PromptTokenizer
+    source: Source, conversations: Sequence[Candidate], data: DataConfig | ExamplesConfig, encoder: PromptTokenizer
 ) -> None:
     """A template may leave system messages out in silence: then the configured one would do nothing."""
     if not data.system_prompt:
@@ -122,18 +111,30 @@ def _check_system_prompt(
             continue
         other = [{"role": "system", "content": f"{data.system_prompt} (another)"}, *messages[1:]]
         if encoder.render(other) == candidate.written:
-            source.problem("the chat template leaves system messages out, so data.system_prompt would do nothing")
+            text = "the chat template leaves system messages out, so data.system_prompt would do nothing"
+            source.problem(text, kind="template")
         return
 
 
-def _encode(source: Source, candidates: list[Candidate], encoder: PromptTokenizer) -> None:
+def unused_system_prompt(data: DataConfig | ExamplesConfig, candidates: Sequence[Candidate]) -> list[str]:
+    """The problem that there is where a configured system prompt goes nowhere."""
+    if data.system_prompt is None or any(candidate.messages is not None for candidate in candidates):
+        return []
+    return [
+        f"data.system_prompt is given, but no prompt is a conversation, and data.chat_template = {data.chat_template} "
+        "makes none of plain strings (data.chat_template = always does)"
+    ]
+
+
+def encode(source: Source, candidates: Sequence[Candidate], encoder: PromptTokenizer) -> None:
+    """Give the candidates their tokens; a text that has none is a problem."""
     plain = [candidate for candidate in candidates if candidate.messages is None]
     rendered = [candidate for candidate in candidates if candidate.messages is not None]
-    for group, encode in ((plain, encoder.encode_plain), (rendered, encoder.encode_rendered)):
-        for candidate, tokens in zip(group, encode([c.written for c in group]), strict=True):
+    for group, tokens_of in ((plain, encoder.encode_plain), (rendered, encoder.encode_rendered)):
+        for candidate, tokens in zip(group, tokens_of([c.written for c in group]), strict=True):
             candidate.tokens = tokens
             if not tokens:
-                source.problem("the tokenizer makes no tokens of it", candidate.number)
+                source.problem("the tokenizer makes no tokens of it", candidate.number, "empty_prompt")
 
 
 def _fit(

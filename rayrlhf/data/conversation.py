@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rayrlhf.data.source import describe, nearest
 
-__all__ = ["ROLES", "Message", "as_messages", "identity", "prompt_problem", "text_problem"]
+__all__ = ["ROLES", "Message", "as_messages", "identity", "messages_problem", "prompt_problem", "text_problem"]
 
 Message = dict[str, Any]
 Identity = tuple[tuple[str, str], ...]
@@ -40,16 +40,21 @@ def prompt_problem(value: object, mode: Literal["auto", "always", "never"]) -> s
         return f"the prompt is {describe(value)}, not a string or a list of messages"
     if mode == "never":
         return "the prompt is a list of messages; data.chat_template = never takes strings only (legal: auto, always)"
-    if not value:
-        return "the prompt is an empty list of messages"
-    for index, message in enumerate(value, start=1):
-        problem = _message_problem(message, f"message {index}")
-        if problem:
-            return problem
+    problem = messages_problem(value, "the prompt")
+    if problem:
+        return problem
     last = value[-1]["role"]
     if last != "user":
         return f"the last message is from the {last}; it must be from the user, as the policy answers it"
     return text_problem(value[-1]["content"], "the last message's content")
+
+
+def messages_problem(value: list[Any], what: str) -> str | None:
+    """What is wrong with the form of a list of messages; None where nothing is."""
+    if not value:
+        return f"{what} is an empty list of messages"
+    problems = (_message_problem(message, f"message {index}") for index, message in enumerate(value, start=1))
+    return next((problem for problem in problems if problem), None)
 
 
 def _message_problem(message: object, what: str) -> str | None:

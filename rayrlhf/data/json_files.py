@@ -89,10 +89,17 @@ def read_json(source: Source, path: Path, limit: int | None) -> None:
 
 
 def _read_list(source: Source, text: str, limit: int | None) -> None:
-    """Add the elements of the JSON list ``text``. A syntax error ends the reading: what follows can't be trusted."""
+    """Add the elements of the JSON list ``text``. A syntax error ends the reading: what follows can't be trusted.
+
+    Elements have the number of their line; where all of them stand in one, they are numbered themselves.
+    """
     decoder = json.JSONDecoder()
     counted, line = 0, 1
     seen = 0
+    element = 1
+    in_one_line = "\n" not in text.strip() and text.rstrip().endswith("]")
+    if in_one_line:
+        source.unit = "row"
 
     def skip(position: int) -> int:
         while position < len(text) and text[position] in _SPACE:
@@ -101,6 +108,8 @@ def _read_list(source: Source, text: str, limit: int | None) -> None:
 
     def line_of(position: int) -> int:
         nonlocal counted, line
+        if in_one_line:
+            return element
         line += text.count("\n", counted, position)
         counted = position
         return line
@@ -115,6 +124,7 @@ def _read_list(source: Source, text: str, limit: int | None) -> None:
         source.problem("the list is empty")
         return
     while limit is None or seen < limit:
+        element = seen + 1
         try:
             value, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:

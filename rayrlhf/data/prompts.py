@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from rayrlhf.config.schema import DataConfig
-from rayrlhf.data.candidates import Candidate, prepare
+from rayrlhf.data.candidates import Candidate, prepare, unused_system_prompt
 from rayrlhf.data.reading import check_kinds, read_source
 from rayrlhf.data.report import PromptReport
-from rayrlhf.data.source import Source, raise_problems
+from rayrlhf.data.source import Place, Source, raise_problems
 from rayrlhf.data.split import choose_groups, group_equal
 from rayrlhf.data.tokens import PromptTokenizer
 from rayrlhf.errors import InputRefused
@@ -41,6 +41,7 @@ class Prompt:
         row: the other columns of the data.
         completion_tokens: int64 [C], a held-out prompt's known continuation, where ``data.completion_column`` is given.
         where: file and line (or row) it comes from.
+        messages: the conversation that the chat template wrote; None for a plain prompt.
     """
 
     id: int
@@ -49,6 +50,7 @@ class Prompt:
     row: dict[str, Any]
     completion_tokens: Tensor | None = None
     where: str = ""
+    messages: list[dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,17 @@ def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: 
     # completions are needed where the held-out prompts come from, and nowhere else
     completions = [data.completion_column if held_out and key == named[-1][0] else None for key, _ in named]
     sources = [
-        read_source(key, name, data, column, data.limit if key == "data.prompts" else None)
+        read_source(
+            Place(key, name, data.split, data.subset, data.limit if key == "data.prompts" else None),
+            [data.prompt_column, *([column] if column else [])],
+        )
         for (key, name), column in zip(named, completions, strict=True)
     ]
     encoder = PromptTokenizer(tokenizer)
     prepared = [prepare(source, data, column, encoder) for source, column in zip(sources, completions, strict=True)]
-    general = check_kinds(data, [name for _, name in named])
-    if data.system_prompt is not None and not general and not any(source.problems for source in sources):
-        general += _unused_system_prompt(data, [c for candidates, _ in prepared for c in candidates])
+    general = check_kinds("data", data.split, data.subset, [name for _, name in named])
+    if not general and not any(source.problems for source in sources):
+        general += unused_system_prompt(data, [c for candidates, _ in prepared for c in candidates])
     raise_problems(sources, general)
 
     pool, test_pool = prepared[0][0], prepared[-1][0] if separate else []
@@ -110,15 +115,6 @@ def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: 
         tests,
         PromptReport(tuple(report for _, report in prepared if report), len(train), len(tests), duplicates),
     )
-
-
-def _unused_system_prompt(data: DataConfig, candidates: list[Candidate]) -> list[str]:
-    if any(candidate.messages is not None for candidate in candidates):
-        return []
-    return [
-        f"data.system_prompt is given, but no prompt is a conversation, and data.chat_template = {data.chat_template} "
-        "makes none of plain strings (data.chat_template = always does)"
-    ]
 
 
 def _split(
@@ -167,4 +163,5 @@ def _prompt(index: int, candidate: Candidate, source: Source, encoder: PromptTok
             tokens = []
         completion = torch.tensor(tokens, dtype=torch.int64)
     tokens_of_prompt = torch.tensor(candidate.tokens, dtype=torch.int64)
-    return Prompt(index, tokens_of_prompt, candidate.text, candidate.row, completion, source.at(candidate.number))
+    where = source.at(candidate.number)
+    return Prompt(index, tokens_of_prompt, candidate.text, candidate.row, completion, where, candidate.messages)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from rayrlhf.config.schema import DataConfig
 from rayrlhf.data.json_files import read_json, read_jsonl
-from rayrlhf.data.source import Source
+from rayrlhf.data.source import Place, Source
 from rayrlhf.data.tables import read_csv, read_dataset, read_parquet
 
 __all__ = ["check_kinds", "read_source"]
@@ -17,11 +17,11 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def check_kinds(data: DataConfig, names: list[str]) -> list[str]:
-    """Problems of keys that say nothing for the kinds of sources that are named."""
+def check_kinds(section: str, split: str, subset: str | None, names: Sequence[str]) -> list[str]:
+    """Problems of keys in ``section`` of the configuration that say nothing for the kinds of sources named."""
     if not all(_is_file_name(name) for name in names):
         return []
-    given = {"data.split": data.split if data.split != "train" else None, "data.subset": data.subset}
+    given = {f"{section}.split": split if split != "train" else None, f"{section}.subset": subset}
     return [
         f"{key} = {value!r} is for Hugging Face datasets, and {names[0]!r} is a file: leave it out"
         for key, value in given.items()
@@ -29,26 +29,27 @@ def check_kinds(data: DataConfig, names: list[str]) -> list[str]:
     ]
 
 
-def read_source(key: str, name: str, data: DataConfig, completion_column: str | None, limit: int | None) -> Source:
-    """Read the file or dataset ``name``, which the configuration's ``key`` gives.
+def read_source(place: Place, text_columns: Sequence[str]) -> Source:
+    """Read a file or dataset.
 
-    Nothing is raised for bad data: the source has its problems.
+    Nothing is raised for bad data: the source has its problems. ``text_columns`` hold text, whatever it looks like.
     """
+    name, key = place.name, place.key
     source = Source(name, key)
     path = Path(name).expanduser()
     try:
         if path.is_dir() and path.suffix not in SUFFIXES:
-            read_dataset(source, str(path), data.subset, data.split, limit)
+            read_dataset(source, str(path), place.subset, place.split, place.limit)
         elif path.is_dir():
             source.problem(f"this is a folder, not a {path.suffix} file ({key})")
         elif path.is_file():
-            _read_file(source, path, [data.prompt_column, *([completion_column] if completion_column else [])], limit)
+            _read_file(source, path, text_columns, place.limit)
         elif path.exists():
             source.problem(f"this is neither a file nor a folder ({key})")
         elif _is_file_name(name) or not _HUB_NAME.fullmatch(name):
             source.problem(_missing(path, key))
         else:
-            read_dataset(source, name, data.subset, data.split, limit)
+            read_dataset(source, name, place.subset, place.split, place.limit)
     except OSError as error:
         source.problem(f"it can't be read: {error.strerror or error} ({key})")
     return source
@@ -58,7 +59,7 @@ def _is_file_name(name: str) -> bool:
     return Path(name).suffix in SUFFIXES or Path(name).expanduser().is_file()
 
 
-def _read_file(source: Source, path: Path, text_columns: list[str], limit: int | None) -> None:
+def _read_file(source: Source, path: Path, text_columns: Sequence[str], limit: int | None) -> None:
     if path.suffix == ".jsonl":
         read_jsonl(source, path, limit)
     elif path.suffix == ".json":

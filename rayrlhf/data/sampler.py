@@ -8,7 +8,16 @@ import numpy as np
 
 from rayrlhf.errors import InputRefused
 
-__all__ = ["PromptSampler"]
+__all__ = ["PromptSampler", "epoch_order"]
+
+
+def epoch_order(size: int, seed: int, shuffle: bool, epoch: int) -> list[int]:
+    """The order in which an epoch takes 0..size-1: from (seed, epoch) alone, or always 0, 1, 2, ..."""
+    if not shuffle:
+        return list(range(size))
+    # spawn key 1: a stream apart from the held-out split's, which has the same seed
+    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1, epoch)))
+    return random.permutation(size).tolist()
 
 
 class PromptSampler:
@@ -89,9 +98,4 @@ class PromptSampler:
 
     def _go_to(self, epoch: int, position: int) -> None:
         self._epoch, self._position = epoch, position
-        if self._shuffle:
-            # spawn key 1: a stream apart from the held-out split's, which has the same seed
-            random = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(1, epoch)))
-            self._order: list[int] = random.permutation(self._size).tolist()
-        else:
-            self._order = list(range(self._size))
+        self._order = epoch_order(self._size, self._seed, self._shuffle, epoch)

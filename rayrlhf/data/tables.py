@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ def read_parquet(source: Source, path: Path, limit: int | None) -> None:
     _add_table(source, table, limit)
 
 
-def read_csv(source: Source, path: Path, limit: int | None, text_columns: list[str]) -> None:
+def read_csv(source: Source, path: Path, limit: int | None, text_columns: Sequence[str]) -> None:
     """Add the rows of a CSV file with a header to ``source``.
 
     ``text_columns`` are kept as the strings that stand there (a prompt ``42`` isn't a number); the types of the other
@@ -93,7 +93,7 @@ def read_dataset(source: Source, name: str, subset: str | None, split: str, limi
     )
     try:
         dataset = datasets.load_dataset(name, name=subset, split=split)
-    # whatever goes wrong in there, in the network, a cache or a data file, means that these prompts can't be had
+    # whatever goes wrong in there, in the network, a cache or a data file, means that this data can't be had
     except Exception as error:
         source.problem(f"{_why(source, name, error)} {legal}")
         return

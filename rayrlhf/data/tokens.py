@@ -18,14 +18,15 @@ class PromptTokenizer:
     """The tokens of prompts and of known completions.
 
     A conversation gets exactly what its template writes, so never a second BOS. A plain string gets what the tokenizer
-    puts before a text (a BOS, for many), once, and nothing behind it: the policy goes on from there.
+    puts before a text (a BOS, for many), once, and nothing behind it: the policy goes on from there. ``special`` holds
+    the special tokens in writing, the longest first.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         special = {str(token) for token in tokenizer.all_special_tokens}
         special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._special = sorted(special, key=len, reverse=True)
+        self.special = sorted(special, key=len, reverse=True)
 
     @property
     def has_template(self) -> bool:
@@ -93,17 +94,80 @@ class PromptTokenizer:
             return joint[len(alone) :]
         return self.encode_rendered([tail])[0]
 
+    def response(self, prompt: str, messages: Sequence[Message] | None, text: str) -> str:
+        """What follows ``prompt`` where the response is ``text``, to be tokenised alone.
+
+        Behind a plain prompt: the text itself. Behind a conversation: the assistant's message as the template writes
+        it, up to and with the end-of-turn token; the tokenizer's EOS where the template writes none.
+
+        Raises what the template raises, and ValueError where an EOS is needed and the tokenizer has none.
+        """
+        return text if messages is None else self._turn(prompt, messages, text)
+
+    def with_eos(self, tokens: list[int]) -> list[int]:
+        """The tokens, ending with the tokenizer's EOS. Raises ValueError where it has none."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError("the tokenizer has no EOS token to end a response with")
+        return tokens if tokens and tokens[-1] == eos else [*tokens, eos]
+
+    def segments(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+        """A conversation as the template writes it, in pieces: (text, whether an assistant says it), from the beginning.
+
+        What an assistant says begins behind the header of its turn and ends with the end-of-turn token. The last one
+        gets the tokenizer's EOS where the template writes none; nothing follows it.
+
+        Args:
+            messages: they end with an assistant's.
+
+        Raises what the template raises, and ValueError where the template doesn't write an assistant's message as it
+        stands, or an EOS is needed and the tokenizer has none.
+        """
+        last = len(messages) - 1
+        before = self.render(messages[:last])
+        answer = self._turn(before, messages[:last], messages[last]["content"])
+        pieces: list[tuple[str, bool]] = []
+        position = 0
+        for index, message in enumerate(messages[:last]):
+            if message["role"] == "assistant":
+                start, end = self._past_turn(before, messages, index, position, answer)
+                pieces += [(before[position:start], False), (before[start:end], True)]
+                position = end
+        return [*pieces, (before[position:], False), (answer, True)]
+
+    def _past_turn(
+        self, written: str, messages: Sequence[Message], index: int, position: int, answer: str
+    ) -> tuple[int, int]:
+        """Where the assistant's message ``index`` stands in ``written``, at or behind ``position``.
+
+        ``answer`` is the conversation's last turn: its end shows the end-of-turn token.
+        """
+        head = self.render(messages[:index])
+        same = max(position, _common(written, head))
+        content = messages[index]["content"].strip()
+        start = written.find(content, same)
+        if start < 0:
+            raise ValueError(f"it doesn't write message {index + 1} as it stands")
+        end = start + len(content)
+        behind = written[end:]
+        token = next((token for token in self.special if behind.lstrip().startswith(token)), None)
+        # a template without an end of turn: what follows is the header of the next one
+        if token is not None and answer.endswith(token):
+            end += behind.index(token) + len(token)
+        # it writes past turns otherwise than it opens a new one (without "<think>", say)
+        return (same if same >= len(head) else start), end
+
     def _turn(self, prompt: str, messages: Sequence[Message], completion: str) -> str:
         """What the template writes behind ``prompt`` for an assistant's message, up to and with the end of the turn."""
         whole = self.render([*messages, {"role": "assistant", "content": completion}], answer=False)
-        same = len(commonprefix([whole, prompt]))
+        same = _common(whole, prompt)
         before, text, behind = whole[same:].partition(completion.strip())
         if not text:  # the template writes something else: it is the known text that counts
             before, text, behind = "", completion, ""
         elif same < len(prompt):
             # it opens an answer that is to come otherwise than it writes an old one (with "<think>", say)
             before = ""
-        end = next((token for token in self._special if behind.lstrip().startswith(token)), None)
+        end = next((token for token in self.special if behind.lstrip().startswith(token)), None)
         eos = self.tokenizer.eos_token
         if end is not None and self.render(messages, answer=False) == prompt:
             # this template writes the header of the next answer in any case: what follows the text may be just that
@@ -113,3 +177,8 @@ class PromptTokenizer:
         if eos is None:
             raise ValueError("neither the chat template nor the tokenizer has an EOS token to end the completion with")
         return before + text + eos
+
+
+def _common(whole: str, beginning: str) -> int:
+    """How many characters the two have in common at their beginnings."""
+    return len(beginning) if whole.startswith(beginning) else len(commonprefix([whole, beginning]))

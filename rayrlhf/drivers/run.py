@@ -1,9 +1,8 @@
-"""A run: its roles, its data, its place on disk. The API on which the loops stand, ours and the user's."""
+"""A PPO run: its roles, its data, its place on disk. The API on which the loop stands, and a user's own loop."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,40 +12,21 @@ from rich.console import Console
 
 from rayrlhf.algorithms import RunningMoments
 from rayrlhf.batch import Batch
-from rayrlhf.checkpoint import Checkpoint, CheckpointStore
-from rayrlhf.cluster import Group, Pending, start_groups
-from rayrlhf.config import Config, broken_rules, dump_config, load_config
+from rayrlhf.cluster import Group, Pending
+from rayrlhf.config import Config, broken_rules, load_config
 from rayrlhf.data import PromptSampler
+from rayrlhf.drivers.base import BaseRun, Opening, opened, started
 from rayrlhf.drivers.evaluation import EvaluationLog, evaluate
 from rayrlhf.drivers.experience import collect, prompt_batch
 from rayrlhf.drivers.minibatches import minibatch_schedule
 from rayrlhf.drivers.preflight import Prepared, prepare
 from rayrlhf.drivers.roles import role_specs
 from rayrlhf.drivers.state import RunState
+from rayrlhf.drivers.transfer import SYNC, transfer_weights
 from rayrlhf.errors import InputRefused, RunFailed
-from rayrlhf.monitoring import (
-    MetricWriter,
-    Progress,
-    SampleWriter,
-    close_log,
-    evaluation_line,
-    read_rows,
-    setup_log,
-)
+from rayrlhf.monitoring import SampleWriter, evaluation_line
 
 __all__ = ["Run", "launch"]
-
-TIMINGS = {
-    "rollout": [("rollout", "generate")],
-    "score": [("reward", "score")],
-    "reference": [("reference", "token_logprobs")],
-    "values": [("critic", "values")],
-    "logprobs": [("policy", "token_logprobs")],
-    "update": [("policy", "update")],
-    "critic_update": [("critic", "update")],
-    "sync": [("policy", "publish_weights"), ("rollout", "receive_weights"), ("policy", "release_weights")],
-}
-"""Which work of which roles each timing adds up."""
 
 
 class AdapterOffReference:
@@ -59,7 +39,7 @@ class AdapterOffReference:
         return self._policy.submit(method, batch, adapters=False)
 
 
-class Run:
+class Run(BaseRun):
     """Everything that a loop works with; made by `launch`.
 
     Attributes:
@@ -71,49 +51,38 @@ class Run:
         folder: the run's folder.
     """
 
-    def __init__(self, prepared: Prepared, groups: Mapping[str, Group], progress: Progress, resume_step: int | None):
-        self.prepared, self.config, self.progress = prepared, prepared.config, progress
-        self.folder = Path(self.config.run_dir)
-        self.groups = groups
+    timings = {
+        "rollout": [("rollout", "generate")],
+        "score": [("reward", "score")],
+        "reference": [("reference", "token_logprobs")],
+        "values": [("critic", "values")],
+        "logprobs": [("policy", "token_logprobs")],
+        "update": [("policy", "update")],
+        "critic_update": [("critic", "update")],
+        "sync": SYNC,
+    }
+    trained = ("policy", "critic")
+    config: Config
+    state: RunState
+
+    def __init__(self, prepared: Prepared, groups: Mapping[str, Group], opening: Opening):
+        config = prepared.config
+        self.prepared, self.prompts = prepared, prepared.prompts
         self.policy, self.reward, self.rollout = groups["policy"], groups["reward"], groups["rollout"]
         self.critic = groups.get("critic")
         self.reference: Group | AdapterOffReference | None = groups.get("reference")
-        if self.reference is None and self.config.reference is not None:
+        if self.reference is None and config.reference is not None:
             self.reference = AdapterOffReference(self.policy)
-        self.prompts = prepared.prompts
-        data = self.config.data
         self.sampler = PromptSampler(
-            len(self.prompts.train), self.config.seed, data.shuffle, fingerprint=self.prompts.fingerprint
+            len(self.prompts.train), config.seed, config.data.shuffle, fingerprint=self.prompts.fingerprint
         )
-        moments = RunningMoments() if self.config.reward.normalize else None
-        self.state = RunState(kl_coef=self.config.ppo.kl_coef, moments=moments)
-        self.checkpoints = CheckpointStore(self.folder / "checkpoints", self.config.checkpoint.keep)
-        self.evaluations = EvaluationLog(self.folder / "evaluations.jsonl", resume_step)
-        self._trainers_hold_whole_step = True
-        self._saved_step = -1
-        self._snapshot = self._driver_state()
-        self._step_started = time.monotonic()
-        self.metrics = MetricWriter(
-            self.folder,
-            tensorboard=self.config.monitoring.tensorboard,
-            wandb_project=self.config.monitoring.wandb_project,
-            config_dict=self.config.model_dump(mode="json"),
-            resume_step=resume_step,
-        )
-        self.samples = SampleWriter(self.folder, resume_step=resume_step)
+        moments = RunningMoments() if config.reward.normalize else None
+        state = RunState(kl_coef=config.ppo.kl_coef, moments=moments)
+        super().__init__(opening, groups, state, config.ppo.steps)
+        self.evaluations = EvaluationLog(self.folder / "evaluations.jsonl", opening.resume_step)
+        self.samples = SampleWriter(self.folder, resume_step=opening.resume_step)
 
     # -- the loop's verbs ---------------------------------------------------------------------------------------
-
-    def steps(self) -> Iterator[int]:
-        """The steps that are still to do, counted from 1; after each, a checkpoint or an evaluation where one is due."""
-        while self.state.step < self.config.ppo.steps:
-            self._step_started = time.monotonic()
-            self._busy()
-            step = self.state.step + 1
-            yield step
-            if self.state.step != step:
-                raise RunFailed(f"the loop didn't finish step {step}: call run.finish_step(metrics) in each round")
-            self._after_step(step)
 
     def next_prompts(self) -> Batch:
         """The next ``ppo.prompts_per_step`` prompts, each ``rollout.samples_per_prompt`` times, with their seeds."""
@@ -135,7 +104,7 @@ class Run:
             The policy's metrics under their names, the critic's own ``grad_norm`` and ``lr`` under ``critic/``.
         """
         self.progress.phase("update")
-        self._trainers_hold_whole_step = False
+        self.trainers_change()
         calls = {"policy": self._start_update(self.policy, batch)}
         if self.critic is not None and "returns" in batch:
             calls["critic"] = self._start_update(self.critic, batch)
@@ -166,15 +135,10 @@ class Run:
             RunFailed: where a weight differs; it names the tensors.
         """
         self.progress.phase("sync")
-        version = self.state.weight_version + 1
         verify = self.config.rollout.verify_weights == "always" if verify is None else verify
-        manifest = self.policy.broadcast("publish_weights", version=version, checksums=verify)[0]
-        try:
-            self.rollout.broadcast("receive_weights", manifest=manifest, verify=verify)
-        finally:
-            self.policy.broadcast("release_weights", manifest=manifest)
-        self.state.weight_version = version
-        return {"sync/bytes": float(manifest.nbytes), "sync/buckets": float(len(manifest.buckets))}
+        metrics = transfer_weights(self.policy, self.rollout, self.state.weight_version + 1, verify)
+        self.state.weight_version += 1
+        return metrics
 
     def finish_step(self, metrics: Mapping[str, float], batch: Batch | None = None) -> None:
         """Count the step as done: write its metrics and some of its samples, and show it.
@@ -183,42 +147,9 @@ class Run:
             metrics: of the step; the timings are added.
             batch: the step's samples, from which the first few are written to samples.jsonl.
         """
-        step = self.state.step + 1
-        total = time.monotonic() - self._step_started
-        row = {**metrics, **self._timings(), "timing/total_s": total}
         if batch is not None:
-            row["tokens_per_s"] = batch.num_tokens / total
-            self._write_samples(step, batch)
-        self.metrics.log(step, row)
-        self.progress.step(step, row)
-        self.state.step = step
-        self._trainers_hold_whole_step = True
-        self._snapshot = self._driver_state()
-
-    def save_checkpoint(self) -> None:
-        """Save all that the run needs to go on from here.
-
-        Raises:
-            RunFailed: where it can't be written; earlier checkpoints stay.
-        """
-        step = self.state.step
-        self.progress.phase("checkpoint")
-
-        def write_roles(folder: Path) -> None:
-            where = folder.absolute()
-            calls = [g.broadcast_async("save", folder=str(where / name)) for name, g in self._trained().items()]
-            for call in calls:
-                call.result()
-
-        try:
-            saved = self.checkpoints.save(step, self._snapshot, write_roles)
-        except (OSError, RunFailed) as error:
-            raise RunFailed(
-                f"the checkpoint of step {step} could not be written: {error}. "
-                "Earlier checkpoints are untouched; make room, then go on with --resume"
-            ) from error
-        self._saved_step = step
-        self.progress.note(f"checkpoint of step {step} saved in {saved.folder}")
+            self._write_samples(self.state.step + 1, batch)
+        self.count_step(metrics, None if batch is None else batch.num_tokens)
 
     def save_model(self) -> Path:
         """Write the policy as a Hugging Face folder, with its tokenizer, into ``RUN/model``."""
@@ -240,35 +171,20 @@ class Run:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _driver_state(self) -> dict[str, Any]:
+    def driver_state(self) -> dict[str, Any]:
         """As of the last whole step: a step that fails half-way has taken prompts which it must take again."""
         return {**self.state.to_dict(), "sampler": self.sampler.state_dict()}
 
-    def _trained(self) -> dict[str, Group]:
-        return {name: self.groups[name] for name in ("policy", "critic") if name in self.groups}
+    def restore_driver(self, stored: dict[str, Any]) -> None:
+        """Go on from what `driver_state` gave."""
+        self.sampler.load_state_dict(stored["sampler"])
+        self.state = RunState.from_dict(stored)
 
-    def _timings(self) -> dict[str, float]:
-        """Seconds that roles were at work; with Ray some of them at the same time."""
-        busy = self._busy()
-        shown = {}
-        for name, work in TIMINGS.items():
-            spent = [busy[role].get(method, 0.0) for role, method in work if role in busy]
-            if spent:
-                shown[f"timing/{name}_s"] = sum(spent)
-        return shown
-
-    def _busy(self) -> dict[str, dict[str, float]]:
-        """Seconds at work since this was last asked, by role and method."""
-        return {name: group.take_busy() for name, group in self.groups.items()}
-
-    def _after_step(self, step: int) -> None:
-        last = step == self.config.ppo.steps
+    def after_step(self, step: int) -> None:
+        """An evaluation where one is due; the last one is the loop's."""
         every = self.config.evaluation.every_steps
-        if every and step % every == 0 and not last:
+        if every and step % every == 0 and step != self.total_steps:
             self.evaluate()
-        every = self.config.checkpoint.every_steps
-        if last or (every and step % every == 0):
-            self.save_checkpoint()
 
     def _write_samples(self, step: int, batch: Batch) -> None:
         count = min(self.config.monitoring.samples_per_step, len(batch))
@@ -292,54 +208,10 @@ class Run:
                 weight_version=int(first["weight_version"][i]),
             )
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        calls = [
-            group.broadcast_async("load", folder=str((checkpoint.folder / name).absolute()))
-            for name, group in self._trained().items()
-        ]
-        for call in calls:
-            call.result()
-        self.sampler.load_state_dict(checkpoint.state["sampler"])
-        self.state = RunState.from_dict(checkpoint.state)
-        self._saved_step = self.state.step
-        self._snapshot = self._driver_state()
-        self.progress.note(f"going on after step {self.state.step}, from {checkpoint.folder}")
-
-    def _keep_what_was_trained(self) -> None:
-        """After a failure outside an update the trainers hold a whole step: save it."""
-        if not self._trainers_hold_whole_step or self.state.step in (0, self._saved_step):
-            return
-        try:
-            self.save_checkpoint()
-        except RunFailed as error:
-            self.progress.note(f"what was trained since the last checkpoint could not be saved: {error}", warning=True)
-
-    def _close(self, failed: bool) -> None:
-        self.metrics.close(failed=failed)
+    def close(self, failed: bool) -> None:
+        """Close the files."""
+        super().close(failed)
         self.samples.close()
-
-
-def _progress(config: Config, resume_step: int | None, console: Console | None) -> Progress:
-    folder = Path(config.run_dir)
-    history = [r for r in read_rows(folder / "metrics.jsonl") if r["step"] < resume_step] if resume_step else []
-    return Progress(
-        config.monitoring.progress,
-        config.ppo.steps,
-        run_dir=folder,
-        console=console,
-        history=history,
-        debugging=config.cluster.executor == "inline",
-    )
-
-
-def _start(prepared: Prepared, stack: ExitStack) -> Mapping[str, Group]:
-    """All roles, on Ray or in this process, until ``stack`` is left."""
-    settings = prepared.config.cluster
-    if settings.executor == "ray":
-        from rayrlhf.cluster.session import ray_session
-
-        stack.enter_context(ray_session(settings))
-    return stack.enter_context(start_groups(role_specs(prepared), executor=settings.executor, settings=settings))
 
 
 @contextmanager
@@ -353,7 +225,7 @@ def launch(
     """Check everything, start all roles, and give their weights to the rollout engines.
 
     Args:
-        config: a configuration, or the path of a YAML file.
+        config: a configuration of PPO, or the path of a YAML file with one.
         overrides: ``key=value`` strings, for a file.
         resume: go on from the last whole checkpoint in the run's folder.
         console: where progress is shown; standard output by default.
@@ -362,34 +234,23 @@ def launch(
         InputRefused: before anything was started.
         RunFailed: where a role can't come up; its own message is in it.
     """
-    if not isinstance(config, Config):
-        config = load_config(Path(config), list(overrides))
+    if isinstance(config, str | os.PathLike):
+        loaded = load_config(Path(config), list(overrides))
+        if not isinstance(loaded, Config):
+            raise InputRefused(f"algorithm: launch runs ppo, and {config} has {loaded.algorithm}")
+        config = loaded
     elif violations := broken_rules(config):  # built in Python, past the checks of a file
         raise InputRefused(f"{violation.keys[0]}: {violation.message}" for violation in violations)
     prepared = prepare(config, resume=resume)
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    dump_config(config, folder / "config.yaml")
-    setup_log(folder)
-    checkpoint: Checkpoint | None = None
-    passed_over: list[str] = []
-    if resume:
-        checkpoint, passed_over = CheckpointStore(folder / "checkpoints", config.checkpoint.keep).latest()
-    # Without a checkpoint, a resumed run begins again: what it had written belongs to steps that are done anew.
-    resume_step = (1 if checkpoint is None else checkpoint.step + 1) if resume else None
     with ExitStack() as stack:
-        stack.callback(close_log)
-        progress = stack.enter_context(_progress(config, resume_step, console))
-        for line in (*prepared.prompts.report.lines(), *passed_over):
-            progress.note(line)
-        progress.phase("start")
-        run = Run(prepared, _start(prepared, stack), progress, resume_step)
-        stack.push(lambda kind, *_: run._close(failed=kind is not None))
-        if checkpoint is not None:
-            run._restore(checkpoint)
+        opening = stack.enter_context(
+            opened(config, config.ppo.steps, prepared.prompts.report.lines(), resume=resume, console=console)
+        )
+        opening.progress.phase("start")
+        run = Run(prepared, stack.enter_context(started(config, role_specs(prepared))), opening)
+        stack.push(lambda kind, *_: run.close(failed=kind is not None))
+        if opening.checkpoint is not None:
+            run.restore(opening.checkpoint)
         run.publish_weights(verify=True)
-        try:
+        with run.kept():
             yield run
-        except BaseException:
-            run._keep_what_was_trained()
-            raise

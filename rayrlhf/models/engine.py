@@ -65,6 +65,7 @@ class TrainEngine:
         self.config, self.world, self.total_steps = config, world, total_steps
         self.device = device_of(world)
         self.steps_done = 0
+        self.lr_scale = 1.0
         join_group(world, timeout_s)
         if config.gradient_checkpointing:
             modules: Iterable[Any] = model.modules()
@@ -132,10 +133,11 @@ class TrainEngine:
     @torch.no_grad()
     def infer(self, inputs: Sequence[ModelInput], forward: Forward) -> list[tuple[Tensor, ...]]:
         """Forward without gradient, results on the CPU."""
+        # Under ZeRO-3 all ranks gather the parameters together: they agree on the rounds before the first one.
+        rounds = all_max(len(inputs), self.device) if self.config.zero_stage == 3 else len(inputs)
         outputs = [tuple(t.cpu() for t in forward(i.to(self.device))) for i in inputs]
-        if self.config.zero_stage == 3:  # parameters are gathered by all ranks together
-            for _ in range(all_max(len(inputs), self.device) - len(inputs)):
-                forward(_nothing_wanted().to(self.device))
+        for _ in range(rounds - len(inputs)):
+            forward(_nothing_wanted().to(self.device))
         return outputs
 
     def optimizer_step(self, inputs: Sequence[ModelInput], forward: Forward, loss: Loss) -> StepOutcome:
@@ -167,7 +169,7 @@ class TrainEngine:
             value = value + value.detach() * 0.0 * outputs[0].sum()
             # DeepSpeed takes the mean over the ranks; the loss is a sum.
             self.engine.backward(value * self.world.size, scale_wrt_gas=False)
-        lr = learning_rate(self.config.optimizer, self.steps_done, self.total_steps)
+        lr = self.lr_scale * learning_rate(self.config.optimizer, self.steps_done, self.total_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -188,6 +190,10 @@ class TrainEngine:
         """Counts added up over the ranks."""
         return all_sum(torch.tensor(counts, dtype=torch.int64, device=self.device)).tolist()
 
+    def global_sums(self, *values: float) -> list[float]:
+        """Numbers added up over the ranks, in float64."""
+        return all_sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
     # -- state --------------------------------------------------------------------------------------------------
 
     def save(self, folder: str) -> None:
@@ -195,7 +201,7 @@ class TrainEngine:
         self.engine.save_checkpoint(
             folder,
             tag="state",
-            client_state={"optimizer_steps": self.steps_done},
+            client_state={"optimizer_steps": self.steps_done, "lr_scale": self.lr_scale},
             save_latest=False,
             exclude_frozen_parameters=self.config.lora is not None,
         )
@@ -214,7 +220,7 @@ class TrainEngine:
         )
         if path is None:
             raise RuntimeError(f"{folder} holds no state that DeepSpeed can load")
-        self.steps_done = client_state["optimizer_steps"]
+        self.steps_done, self.lr_scale = client_state["optimizer_steps"], client_state["lr_scale"]
 
 
 def _nothing_wanted() -> ModelInput:

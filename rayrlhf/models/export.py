@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["gathered_adapters", "named_weights", "save_model_folder"]
+from rayrlhf.models.heads import ScalarModel
+from rayrlhf.models.loading import SCORE_SHIFT, scorer_class
+
+__all__ = ["gathered_adapters", "named_weights", "save_model_folder", "save_reward_folder"]
 
 
 def named_weights(lm: nn.Module, *, zero_stage: int, group_bytes: int = 2**28) -> Iterator[tuple[str, Tensor]]:
@@ -86,15 +90,68 @@ def gathered_adapters(lm: nn.Module, *, zero_stage: int) -> Any:
 
 def save_model_folder(lm: Any, weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
     """Write a Hugging Face folder: configuration and safetensors in ``dtype``. Called on one rank."""
-    from huggingface_hub import save_torch_state_dict
-
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: weight.to("cpu", dtype, copy=True).contiguous() for name, weight in weights}
-    save_torch_state_dict(state, folder)
-    config = lm.config
-    before, config.dtype = config.dtype, dtype
-    config.save_pretrained(folder)
-    config.dtype = before
+    _write_folder(state, lm.config, folder, dtype)
     if getattr(lm, "generation_config", None) is not None:
         # As it was read: `save_pretrained` would refuse some that models are published with, after all the training.
         lm.generation_config.to_json_file(folder / "generation_config.json")
+
+
+def _write_folder(state: dict[str, Tensor], config: Any, folder: Path, dtype: torch.dtype) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(state, folder)
+    before, config.dtype = config.dtype, dtype
+    config.save_pretrained(folder)
+    config.dtype = before
+
+
+def save_reward_folder(
+    model: ScalarModel,
+    folder: Path | None,
+    dtype: torch.dtype,
+    *,
+    zero_stage: int,
+    path: str,
+    mean: float,
+    deviation: float,
+) -> None:
+    """Write a reward model as a Hugging Face sequence-classification folder whose scores are (score - mean) / deviation.
+
+    The head takes both in: its weight is divided, its bias (b - mean) / deviation; where the family's head has no bias, that
+    number stands in the configuration as ``rayrlhf_score`` and `load_reward_model` adds it.
+
+    Args:
+        model: backbone (with or without adapters) and head.
+        folder: where to; None: this rank writes nothing, and takes part in the gathering.
+        dtype: of the backbone's weights. The head stays in float32: what it reads are small differences.
+        path: what the model was made from, for messages.
+        mean: taken off each score.
+        deviation: what each score is divided by, > 0.
+
+    Raises:
+        ValueError: for a deviation that isn't above 0.
+    """
+    if not deviation > 0:
+        raise ValueError(f"a deviation of {deviation}: it must be above 0")
+    made, prefix, head_name, has_bias = scorer_class(model.backbone.config, path)
+    state = {}
+    for name, weight in named_weights(model.backbone, zero_stage=zero_stage):
+        if folder is not None:
+            state[f"{prefix}.{name}"] = weight.to("cpu", dtype, copy=True).contiguous()
+    with _whole(list(model.head.parameters()), zero_stage), torch.no_grad():
+        weight = model.head.weight.detach().cpu().double()
+        bias = 0.0 if model.head.bias is None else float(model.head.bias)
+    if folder is None:
+        return
+    shift = (bias - mean) / deviation
+    state[f"{head_name}.weight"] = (weight / deviation).float()
+    config = copy.deepcopy(model.backbone.config)
+    config.num_labels, config.architectures = 1, [made.__name__]
+    if has_bias:
+        state[f"{head_name}.bias"] = torch.tensor([shift], dtype=torch.float32)
+        setattr(config, SCORE_SHIFT, None)
+    else:
+        setattr(config, SCORE_SHIFT, {"shift": shift})
+    _write_folder(state, config, folder, dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.logprobs import token_logprobs_and_entropy
 
-__all__ = ["PolicyModel", "ScalarModel", "output_logits"]
+__all__ = ["PolicyModel", "ScalarModel", "hidden_states", "output_logits"]
 
 
 def output_logits(lm: Any, hidden: Tensor) -> Tensor:
@@ -33,10 +33,17 @@ def output_logits(lm: Any, hidden: Tensor) -> Tensor:
     return logits
 
 
-def _hidden_states(backbone: nn.Module, inputs: ModelInput) -> Tensor:
+def hidden_states(backbone: Any, inputs: ModelInput) -> Tensor:
     """Last hidden states [B * L, H]."""
-    positions = {} if inputs.position_ids is None else {"position_ids": inputs.position_ids}
-    output = backbone(input_ids=inputs.input_ids, use_cache=False, **positions)
+    how = {} if inputs.position_ids is None else {"position_ids": inputs.position_ids}
+    mask = inputs.attention_mask
+    if mask is not None and backbone.config._attn_implementation == "eager":
+        # It is added to the products there; the others take truth values.
+        lowest = torch.finfo(backbone.dtype).min
+        mask = torch.zeros(mask.shape, dtype=backbone.dtype, device=mask.device).masked_fill(~mask, lowest)
+    if mask is not None:
+        how["attention_mask"] = mask
+    output = backbone(input_ids=inputs.input_ids, use_cache=False, **how)
     return output.last_hidden_state.flatten(0, 1)
 
 
@@ -50,7 +57,7 @@ class PolicyModel(nn.Module):
 
     def forward(self, inputs: ModelInput, temperature: float, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies, float32 [N] each, of ``inputs.targets``."""
-        hidden = _hidden_states(self.lm.base_model, inputs)[inputs.predict]
+        hidden = hidden_states(self.lm.base_model, inputs)[inputs.predict]
         return token_logprobs_and_entropy(
             lambda states: output_logits(self.lm, states),
             hidden,
@@ -66,7 +73,7 @@ class ScalarModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: nn.Linear):
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.head = head
 
     def read(self, hidden: Tensor) -> Tensor:
@@ -76,6 +83,6 @@ class ScalarModel(nn.Module):
 
     def forward(self, inputs: ModelInput) -> tuple[Tensor, Tensor]:
         """Values before each of ``inputs.targets`` [N], and after the last token of each sample [S]."""
-        hidden = _hidden_states(self.backbone, inputs)
+        hidden = hidden_states(self.backbone, inputs)
         both = self.read(torch.cat([hidden[inputs.predict], hidden[inputs.last]]))
         return both[: len(inputs.predict)], both[len(inputs.predict) :]

@@ -2,7 +2,8 @@
 
 Only this module pads. Padding stands on the right, where causal attention can't see it, so no attention mask is needed;
 packed rows have position ids that begin again at 0 with each sample, which transformers turns into block-diagonal (or
-variable-length) attention.
+variable-length) attention. Where two responses share their prompt, a row is prompt, first response, second response, and
+has a mask by which the second one doesn't see the first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from rayrlhf.batch import Batch, BatchError
 
-__all__ = ["ModelInput", "micro_batches", "plan_micro_batches"]
+__all__ = [
+    "ModelInput",
+    "PromptSharing",
+    "micro_batches",
+    "neighbours_together",
+    "pair_micro_batches",
+    "plan_micro_batches",
+]
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class ModelInput:
     input_ids: Tensor
     """int64 [B, L]."""
     position_ids: Tensor | None
-    """int64 [B, L] in packed rows, else None: 0 to L - 1 in each row."""
+    """int64 [B, L] in packed rows and where a prompt is shared, else None: 0 to L - 1 in each row."""
     samples: Tensor
     """int64 [S], which samples of the batch these are."""
     predict: Tensor
@@ -38,8 +46,11 @@ class ModelInput:
     """int64 [N], where the wanted tokens stand in the batch's token columns."""
     last: Tensor
     """int64 [S], the hidden state of each sample's last token."""
+    attention_mask: Tensor | None = None
+    """bool [B, 1, L, L] where a prompt is shared: which position (rows) may attend to which; None: the model's own."""
 
     def to(self, device: torch.device | str) -> ModelInput:
+        """The same on another device."""
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return ModelInput(**moved)
 
@@ -69,26 +80,39 @@ def plan_micro_batches(lengths: Tensor, budget: int, packing: bool) -> list[list
     return plan
 
 
-def micro_batches(batch: Batch, budget: int, packing: bool, mask: str | None = "response_mask") -> list[ModelInput]:
-    """The forwards that cover all samples of a batch.
+def micro_batches(
+    batch: Batch,
+    budget: int,
+    packing: bool,
+    mask: str | None = "response_mask",
+    samples: Tensor | None = None,
+) -> list[ModelInput]:
+    """The forwards that cover all samples of a batch, or some.
 
     Args:
         batch: with the token columns ``tokens`` and ``mask``.
         budget: tokens of one micro-batch, padding included.
         packing: see `plan_micro_batches`.
         mask: name of the bool column of wanted tokens; None: none are wanted, only each sample's last hidden state.
+        samples: int64 [n], those to be covered; None: all.
 
     Raises:
         BatchError: where a sample has no tokens; where the first token of a sample is wanted: nothing predicts it.
     """
+    wanted = _wanted(batch, mask)
+    chosen = torch.arange(len(batch)) if samples is None else samples
+    plan = plan_micro_batches(batch.lengths[chosen], budget, packing)
+    return [_lay_out(batch, chosen[indices], packing, wanted) for indices in plan]
+
+
+def _wanted(batch: Batch, mask: str | None) -> Tensor:
     empty = torch.nonzero(batch.lengths == 0).flatten().tolist()
     if empty:
         raise BatchError(f"samples {empty} have no tokens, so there is no hidden state to read")
     wanted = batch[mask] if mask is not None else torch.zeros(batch.num_tokens, dtype=torch.bool)
     if bool(wanted[batch.offsets[:-1]].any()):
         raise BatchError("the first token of a sample has no log-probability; response_mask must be false there")
-    plan = plan_micro_batches(batch.lengths, budget, packing)
-    return [_lay_out(batch, torch.tensor(indices, dtype=torch.int64), packing, wanted) for indices in plan]
+    return wanted
 
 
 def _lay_out(batch: Batch, indices: Tensor, packing: bool, wanted: Tensor) -> ModelInput:
@@ -112,4 +136,147 @@ def _lay_out(batch: Batch, indices: Tensor, packing: bool, wanted: Tensor) -> Mo
     ends = torch.cumsum(lengths, 0) - 1
     return ModelInput(
         input_ids, position_ids, indices, place[chosen] - 1, tokens[source][chosen], source[chosen], place[ends]
+    )
+
+
+# -- pairs that share their prompt ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptSharing:
+    """For which pairs a model may compute the prompt once for both responses, and for which that is less work."""
+
+    longest: int
+    """Tokens of the longest sample that no window of the model's attention cuts: the mask of a row holds no window."""
+    hidden_size: int
+    """Width of the model, which says what a token costs against what attention costs."""
+
+    def __call__(self, prompt: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """int64 [P] each, tokens of prompt, first and second response -> bool [P].
+
+        A layer's products take about 24 H^2 operations a token, its attention 4 H for each pair of positions. A shared row
+        saves the former for the prompt; but under a mask of its own attention is over all pairs of positions, where
+        causal attention takes half of them.
+        """
+        shared = (prompt + first + second).double().square()
+        apart = 0.5 * ((prompt + first).double().square() + (prompt + second).double().square())
+        pays = 6.0 * self.hidden_size * prompt > shared - apart
+        return pays & (prompt > 0) & (prompt + torch.maximum(first, second) <= self.longest)
+
+
+def pair_micro_batches(
+    batch: Batch,
+    budget: int,
+    *,
+    packing: bool = False,
+    sharing: PromptSharing | None = None,
+    mask: str | None = "response_mask",
+    pairs: Tensor | None = None,
+) -> list[ModelInput]:
+    """The forwards over pairs of samples, which stand in the same micro-batch, one behind the other.
+
+    Args:
+        batch: token columns ``tokens`` and ``mask``, sample column ``prompt_length``.
+        budget: tokens of one micro-batch, padding included. A pair that is longer goes alone.
+        packing: see `plan_micro_batches`; of pairs whose prompt isn't shared.
+        sharing: the pairs whose prompt is computed once; None: no pair's.
+        mask: as in `micro_batches`.
+        pairs: int64 [P, 2], samples with the same prompt; None: 2i and 2i + 1, all of them.
+
+    Raises:
+        BatchError: as in `micro_batches`; where a sample has no partner, or two partners have different prompts, or a
+            token of a prompt is wanted.
+    """
+    wanted = _wanted(batch, mask)
+    if pairs is None:
+        if len(batch) % 2:
+            raise BatchError(f"{len(batch)} samples can't all be members of pairs")
+        pairs = torch.arange(len(batch)).view(-1, 2)
+    prompt = _common_prompts(batch, wanted, pairs)
+    first, second = (batch.lengths[pairs[:, k]] - prompt for k in (0, 1))
+    if sharing is None:
+        shared = torch.zeros(len(prompt), dtype=torch.bool)
+    else:
+        shared = sharing(prompt, first, second)
+    together, apart = torch.nonzero(shared).flatten(), torch.nonzero(~shared).flatten()
+    plan = plan_micro_batches((prompt + first + second)[together], budget, packing=False)
+    inputs = [_lay_out_shared(batch, pairs[together[rows]], prompt[together[rows]], wanted) for rows in plan]
+    # Two rows of the longer one's width a pair; packed, both in one row.
+    size = (2 * prompt + first + second) if packing else 2 * (prompt + torch.maximum(first, second))
+    for rows in plan_micro_batches(size[apart], budget, packing):
+        inputs.append(_lay_out(batch, pairs[apart[rows]].flatten(), packing, wanted))
+    return inputs
+
+
+def neighbours_together(batch: Batch, budget: int, *, packing: bool, sharing: PromptSharing | None) -> list[ModelInput]:
+    """The forwards over any samples; where two neighbours belong to one example, they may share their prompt.
+
+    Args:
+        batch: token columns ``tokens`` and ``response_mask``; two neighbours belong together where they have the same
+            ``example_id`` and ``prompt_length`` (sample columns that may be missing).
+        budget: as in `pair_micro_batches`; so too the others.
+    """
+    if sharing is None or "example_id" not in batch or "prompt_length" not in batch:
+        return micro_batches(batch, budget, packing)
+    same = torch.ones(max(len(batch) - 1, 0), dtype=torch.bool)
+    for name in ("example_id", "prompt_length"):
+        same &= batch[name][1:] == batch[name][:-1]
+    starts = same & ~torch.cat([torch.zeros(1, dtype=torch.bool), same])[: len(same)]
+    pairs = torch.nonzero(starts).flatten()[:, None] + torch.arange(2)
+    alone = torch.ones(len(batch), dtype=torch.bool)
+    alone[pairs.flatten()] = False
+    single = micro_batches(batch, budget, packing, samples=torch.nonzero(alone).flatten())
+    return pair_micro_batches(batch, budget, packing=packing, sharing=sharing, pairs=pairs) + single
+
+
+def _common_prompts(batch: Batch, wanted: Tensor, pairs: Tensor) -> Tensor:
+    """int64 [P], tokens of each pair's prompt."""
+    prompt, tokens = batch["prompt_length"][pairs], batch["tokens"]
+    uneven = torch.nonzero(prompt[:, 0] != prompt[:, 1]).flatten().tolist()
+    if uneven:
+        raise BatchError(f"the two samples of pairs {uneven} have prompts of different lengths")
+    size = prompt[:, 0]
+    starts = batch.offsets[pairs]
+    within = torch.arange(int(size.sum())) - torch.repeat_interleave(torch.cumsum(size, 0) - size, size)
+    one, other = (torch.repeat_interleave(starts[:, k], size) + within for k in (0, 1))
+    if not torch.equal(tokens[one], tokens[other]):
+        differs = torch.repeat_interleave(size)[tokens[one] != tokens[other]].unique().tolist()
+        raise BatchError(f"the two samples of pairs {differs} have different prompts")
+    if bool((wanted[one] | wanted[other]).any()):
+        raise BatchError("tokens of a pair's prompt can't be wanted: they are the same for both responses")
+    return size
+
+
+def _lay_out_shared(batch: Batch, pairs: Tensor, prompts: Tensor, wanted: Tensor) -> ModelInput:
+    """Rows of prompt, first response, second response. The last two both stand right behind the prompt."""
+    width = int((batch.lengths[pairs].sum(1) - prompts).max())
+    begins, ends = batch.offsets[pairs].tolist(), batch.offsets[pairs + 1].tolist()
+    input_ids = torch.zeros(len(pairs), width, dtype=torch.int64)
+    position_ids = torch.zeros(len(pairs), width, dtype=torch.int64)
+    attend = torch.ones(width, width, dtype=torch.bool).tril().repeat(len(pairs), 1, 1, 1)
+    predict, source, last = [], [], []
+    for row, prompt in enumerate(prompts.tolist()):
+        fork = ends[row][0] - begins[row][0]  # where the second response begins, in the row
+        tokens = torch.cat([torch.arange(begins[row][k] + k * prompt, ends[row][k]) for k in (0, 1)])
+        input_ids[row, : len(tokens)] = batch["tokens"][tokens]
+        position_ids[row, :fork] = torch.arange(fork)
+        position_ids[row, fork : len(tokens)] = torch.arange(prompt, prompt + len(tokens) - fork)
+        # Padding, behind it all, attends to what it likes; nothing reads it.
+        attend[row, 0, fork:, prompt:fork] = False
+        before = torch.arange(len(tokens)) - 1
+        before[fork : fork + 1] = prompt - 1
+        chosen = wanted[tokens]
+        predict.append(row * width + before[chosen])
+        source.append(tokens[chosen])
+        last += [row * width + fork - 1, row * width + (len(tokens) if len(tokens) > fork else prompt) - 1]
+    where = torch.cat(source)
+    return ModelInput(
+        input_ids,
+        position_ids,
+        pairs.flatten(),
+        torch.cat(predict),
+        batch["tokens"][where],
+        where,
+        torch.tensor(last, dtype=torch.int64),
+        attend,
     )

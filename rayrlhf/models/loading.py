@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from rayrlhf.batch import Batch
 from rayrlhf.config.trainers import LoraConfig, ModelConfig
 from rayrlhf.errors import InputRefused
 from rayrlhf.models.cpu import with_cpu_kernels
-from rayrlhf.models.heads import ScalarModel, output_logits
+from rayrlhf.models.heads import ScalarModel, hidden_states, output_logits
+from rayrlhf.models.layout import PromptSharing, pair_micro_batches
 from rayrlhf.models.packing import packs
 
 __all__ = [
@@ -26,11 +29,19 @@ __all__ = [
     "load_config",
     "load_critic",
     "load_reward_model",
+    "prompt_sharing",
     "quiet_loading",
+    "scorer_class",
     "to_model_folder",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+HEADS = ("score", "classifier")
+"""What the linear heads of sequence-classification models are called."""
+
+SCORE_SHIFT = "rayrlhf_score"
+"""Key of a reward model's configuration, {"shift": number}: what is added to its scores where its head has no bias."""
 
 CHANCE = ("drop", "jitter")
 """What the rates are called with which models draw random numbers in training: dropout, layer drop, router jitter."""
@@ -220,6 +231,33 @@ def _refuse_leaks(path: str, backbone: Any, model: ModelConfig) -> None:
         )
 
 
+def prompt_sharing(backbone: Any, model: ModelConfig) -> PromptSharing | None:
+    """How the two responses of a pair may share their prompt's computation in this model; None: they may not.
+
+    They may where attention takes a mask (flash attention takes none, packed rows have one of their own), and a trial shows
+    that the second response doesn't feel the first one: in a recurrent model, say, it does.
+    """
+    if packs(model) or model.attention.startswith("flash"):
+        return None
+    text = backbone.config.get_text_config()
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    longest = min([w for w in windows if w], default=2**62)
+    sharing = PromptSharing(longest, text.hidden_size)
+    tokens = torch.tensor([1, 2, 3, 4, 5, 6, 1, 2, 3, 7, 8]) % text.vocab_size
+    trial = Batch(torch.tensor([0, 6, 11]), {"tokens": tokens}, {"prompt_length": torch.tensor([3, 3])})
+    (shared,) = pair_micro_batches(trial, 11, sharing=PromptSharing(6, 2**20), mask=None)
+    (apart,) = pair_micro_batches(trial, 12, mask=None)
+    with torch.no_grad():
+        try:
+            found = hidden_states(backbone, shared)[shared.last].float()
+        except (TypeError, ValueError, RuntimeError, IndexError):  # a model whose attention takes no such mask
+            return None
+        expected = hidden_states(backbone, apart)[apart.last].float()
+    tolerance = 1e-4 if backbone.dtype == torch.float32 else 5e-2
+    scale = float(expected.abs().max())
+    return sharing if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale) else None
+
+
 def add_lora(lm: Any, lora: LoraConfig, seed: int) -> Any:
     """Put adapters into a model and freeze the rest; returns the peft model around it.
 
@@ -340,9 +378,47 @@ def load_reward_model(
         )
     _refuse_missing(path, found)
     _refuse_leaks(path, classifier.base_model, model)
-    head = next((getattr(classifier, n) for n in ("score", "classifier") if hasattr(classifier, n)), None)
+    head = next((getattr(classifier, n) for n in HEADS if hasattr(classifier, n)), None)
     if not isinstance(head, nn.Linear):
         raise InputRefused(
             f"reward model {path!r} ({type(classifier).__name__}) has no linear head named score or classifier"
         )
-    return ScalarModel(with_cpu_kernels(without_dropout(classifier.base_model)), head)
+    shift = (getattr(config, SCORE_SHIFT, None) or {}).get("shift", 0.0)
+    return ScalarModel(with_cpu_kernels(without_dropout(classifier.base_model)), _shifted(head, shift))
+
+
+def _shifted(head: nn.Linear, shift: float) -> nn.Linear:
+    """The head with a number added to what it reads."""
+    if not shift:
+        return head
+    shifted = nn.Linear(head.in_features, 1, dtype=head.weight.dtype)
+    with torch.no_grad():
+        shifted.weight.copy_(head.weight)
+        shifted.bias.copy_(torch.full((1,), shift) + (0.0 if head.bias is None else head.bias.float()))
+    return shifted
+
+
+def scorer_class(config: PretrainedConfig, path: str) -> tuple[type, str, str, bool]:
+    """How a family writes a reward model down.
+
+    Returns:
+        Its sequence-classification class; in it the names of backbone and head; whether the head has a bias.
+
+    Raises:
+        InputRefused: where the family has none with a linear head.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"), quiet_loading():
+            classifier: Any = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise InputRefused(f"model {path!r} can't become a reward model: {_first_line(error)}") from error
+    name = next((n for n in HEADS if isinstance(getattr(classifier, n, None), nn.Linear)), None)
+    if name is None:
+        raise InputRefused(
+            f"model {path!r} can't become a reward model: {type(classifier).__name__} has no linear head"
+        )
+    return type(classifier), classifier.base_model_prefix, name, getattr(classifier, name).bias is not None

@@ -39,11 +39,22 @@ COLUMNS = (
     Column("clipfrac", "clip\nfrac", "clipfrac", 3, 8),
     Column("explained_variance", "expl.\nvar.", "explained_variance", 2, 6),
     Column("entropy", "\nentropy", "entropy", 3, 9),
+    Column("loss", "\nloss", "loss", 4, 0),
+    Column("accuracy", "accu-\nracy", "accuracy", 3, 1),
+    Column("margin", "\nmargin", "margin", 3, 3),
+    Column("rewards/margins", "reward\nmargin", "margin", 4, 1),
+    Column("rewards/accuracies", "accu-\nracy", "accuracy", 3, 3),
+    Column("rewards/chosen", "reward\nchosen", "chosen", 3, 5),
+    Column("rewards/rejected", "reward\nrejected", "rejected", 3, 6),
+    Column("logps/chosen", "log p\nchosen", "logp_chosen", 1, 7),
+    Column("logps/rejected", "log p\nrejected", "logp_rejected", 1, 8),
+    Column("beta", "\nbeta", "beta", 3, 9),
+    Column("epoch", "\nepoch", "epoch", 2, 4),
     Column("response_length/mean", "resp.\ntokens", "response_tokens", 1, 3),
     Column("truncated_fraction", "trun-\ncated", "truncated", 1, 10, percent=True),
     Column("timing/total_s", "step\nseconds", "step_s", 1, 2),
 )
-_TREND_STYLES = {"score/mean": "green", "kl": "magenta"}
+_TREND_STYLES = {"score/mean": "green", "kl": "magenta", "loss": "cyan", "rewards/margins": "green"}
 _SMALL = 0.02
 _PARTS = ("cyan", "green", "magenta", "yellow", "blue", "red", "bright_black", "bright_cyan", "bright_green")
 

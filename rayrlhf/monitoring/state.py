@@ -13,7 +13,7 @@ from rayrlhf.monitoring.text import duration, finite
 __all__ = ["STEPS_KEPT", "TREND_METRICS", "Note", "RunState"]
 
 STEPS_KEPT, NOTES_KEPT = 10, 4
-TREND_METRICS = ("score/mean", "kl")
+TREND_METRICS = ("score/mean", "kl", "loss", "rewards/margins")
 
 
 class Note(NamedTuple):

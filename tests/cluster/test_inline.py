@@ -12,7 +12,7 @@ from toy_setup import HERE, SETTINGS, samples, toy
 from rayrlhf.cluster.errors import RoleFailed
 from rayrlhf.cluster.spec import RoleSpec, process_env, thread_count
 from rayrlhf.cluster.start import start_groups
-from rayrlhf.config.schema import ClusterConfig
+from rayrlhf.config.base import ClusterConfig
 from rayrlhf.errors import InputRefused
 
 

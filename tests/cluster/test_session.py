@@ -20,7 +20,7 @@ from rayrlhf.cluster.ray_logs import cause_of_death, read_tail
 from rayrlhf.cluster.ray_start import check_gpus, fits
 from rayrlhf.cluster.session import check_address, is_private, ray_session, resolve_address
 from rayrlhf.cluster.spec import RoleSpec
-from rayrlhf.config.schema import ClusterConfig
+from rayrlhf.config.base import ClusterConfig
 from rayrlhf.errors import InputRefused
 
 DRIVER = """

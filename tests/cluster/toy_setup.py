@@ -8,7 +8,7 @@ import torch
 
 from rayrlhf.batch import Batch
 from rayrlhf.cluster.spec import RoleSpec
-from rayrlhf.config.schema import ClusterConfig
+from rayrlhf.config.base import ClusterConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SETTINGS = ClusterConfig(threads=1, start_timeout_s=120, call_timeout_s=60)

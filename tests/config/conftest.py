@@ -1,4 +1,4 @@
-"""A small legal configuration, and ways to load variations of it."""
+"""Small legal configurations, and ways to load variations of it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from rayrlhf.config import Config, load_config
+from rayrlhf.config import AnyConfig, load_config
 from rayrlhf.errors import InputRefused
 
-BASE = (Path(__file__).parent / "base.yaml").read_text()
+HERE = Path(__file__).parent
+BASES = {
+    "ppo": (HERE / "base.yaml").read_text(),
+    "sft": (HERE / "base_sft.yaml").read_text(),
+    "reward_model": (HERE / "base_reward_model.yaml").read_text(),
+    "dpo": (HERE / "base_dpo.yaml").read_text(),
+}
+BASE = BASES["ppo"]
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Callable[..., Config]:
+def bases() -> dict[str, str]:
+    """A small legal configuration of each algorithm."""
+    return BASES
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., AnyConfig]:
     """Load a text (by default the base) with overrides."""
 
-    def run(*overrides: str, text: str = BASE) -> Config:
+    def run(*overrides: str, text: str = BASE) -> AnyConfig:
         path = tmp_path / "c.yaml"
         path.write_text(text, encoding="utf-8")
         return load_config(path, list(overrides))
@@ -26,7 +39,7 @@ def load(tmp_path: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture
-def refused(load: Callable[..., Config], tmp_path: Path) -> Callable[..., list[str]]:
+def refused(load: Callable[..., AnyConfig], tmp_path: Path) -> Callable[..., list[str]]:
     """The problems for which a text with overrides is refused; the file is called c.yaml in them."""
 
     def run(*overrides: str, text: str = BASE) -> list[str]:

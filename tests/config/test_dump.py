@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.config import Config, dump_config, load_config, to_yaml
+from rayrlhf.config import ROOTS, Config, dump_config, load_config, to_yaml
 from rayrlhf.config.fields import all_fields
 from rayrlhf.config.reference import render
 from rayrlhf.errors import RunFailed
@@ -77,15 +78,29 @@ def test_without_optional_sections(load, tmp_path):
     assert load_config(tmp_path / "d.yaml") == config
 
 
-def test_each_key_has_its_doc_above_it(load):
-    lines = to_yaml(load("policy.lora={}", "critic.lora={}")).splitlines()
-    for field in all_fields().values():
+MADE = {
+    "ppo": ["policy.lora={}", "critic.lora={}"],
+    **{
+        name: ["policy.lora={}", "data.train=[{path: a}]", "data.validation=[{path: b}]"]
+        for name in ("sft", "reward_model", "dpo")
+    },
+}
+"""Sections that are null, or a text, by default."""
+
+
+@pytest.mark.parametrize("algorithm", ROOTS)
+def test_each_key_has_its_doc_above_it(load, bases, algorithm):
+    fields = all_fields(ROOTS[algorithm])
+    lines = to_yaml(load(*MADE[algorithm], text=bases[algorithm])).splitlines()
+    for field in fields.values():
         assert field.doc, f"{field.key} has no doc"
     assert max(map(len, lines)) <= 120
-    where = next(i for i, line in enumerate(lines) if line.strip().startswith("target_kl:"))
-    assert lines[where - 1].strip() == "# KL to the reference that the adaptive controller aims at, in nats a sequence."
+    where = next(i for i, line in enumerate(lines) if line.strip().startswith("call_timeout_s:"))
+    assert lines[where - 1].strip() == "# Deadline, in seconds, of each call of a role."
     keys = [line for line in lines if line.strip() and not line.strip().startswith("#")]
-    assert len(keys) == len(all_fields())
+    assert len(keys) == len(fields)
+    top = [line.partition(":")[0] for line in keys if line[0].isalpha()]
+    assert top[:4] == ["algorithm", "run_dir", "seed", "policy"] and top[-1] == "cluster"
 
 
 def test_a_file_that_cannot_be_written(load, tmp_path):
@@ -104,7 +119,11 @@ def test_the_reference_is_up_to_date():
 
 def test_the_reference_has_every_key_with_its_meaning():
     page = render()
-    for field in all_fields().values():
-        rows = [line for line in page.splitlines() if line.startswith(f"| `{field.key}` |")]
-        assert len(rows) == 1
-        assert len(rows[0].replace("\\|", "").strip("| ").split(" | ")) == 4
+    for algorithm, root in ROOTS.items():
+        for field in all_fields(root).values():
+            rows = [line for line in page.splitlines() if line.startswith(f"| `{field.key}` |")]
+            assert all(len(row.replace("\\|", "").strip("| ").split(" | ")) == 4 for row in rows)
+            marks = [re.match(r"\*([a-z_, ]+):\* ", row.replace("\\|", "").split(" | ")[3]) for row in rows]
+            own = [row for row, m in zip(rows, marks, strict=True) if m is None or algorithm in m[1].split(", ")]
+            assert len(own) == 1, (algorithm, field.key)
+            assert field.doc.replace("``", "`").replace("|", "\\|") in own[0] or field.key == "algorithm"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from rayrlhf.config import load_config
+from rayrlhf.config import ROOTS, load_config
 from rayrlhf.config.fields import all_fields, choices, kinds
 from rayrlhf.errors import InputRefused
 
@@ -275,12 +275,14 @@ def test_a_misplaced_key_silences_rules_about_the_key_that_was_meant(refused):
     ]
 
 
-def test_every_key_refuses_what_pydantic_refuses_in_plain_words(refused):
+@pytest.mark.parametrize("algorithm", ROOTS)
+def test_every_key_refuses_what_pydantic_refuses_in_plain_words(refused, bases, algorithm):
     """One load for each odd value, given to all keys at once; pydantic alone says for each key whether it is legal."""
-    leaves = [field for field in all_fields().values() if field.section is None]
+    text = bases[algorithm].replace("train: examples.jsonl", "train: [{path: a}]\n  validation: [{path: b}]")
+    leaves = [field for field in all_fields(ROOTS[algorithm]).values() if field.section is None]
     odd = {"-3": -3, "0": 0, "7.5": 7.5, "1000000": 1000000, "xyz": "xyz", "[1, 2]": [1, 2], "{a: 1}": {"a": 1}}
     for written, value in odd.items():
-        problems = refused(*[f"{field.key}={written}" for field in leaves])
+        problems = refused(*[f"{field.key}={written}" for field in leaves], text=text)
         told = {problem.split(": ")[1] for problem in problems}
         for field in leaves:
             key_told = any(name == field.key or name.startswith(field.key + ".") for name in told)

@@ -56,6 +56,8 @@ CASES = [
     ("packing_has_boundaries", ["reference.packing=true", "reference.attention=eager"], "reference.packing", "sdpa", ["reference.attention=sdpa"]),
     ("shared_reference_has_policy_settings", ["policy.lora={}", "reference.ranks=2"], "reference.ranks", "legal: 1", ["reference.path=other"]),
     ("shared_reference_has_policy_settings", ["policy.lora={}", "reference.dtype=float32"], "reference.dtype", "legal: bfloat16", ["policy.lora=null"]),
+    ("shared_reference_has_policy_settings", ["policy.lora={}", "reference.tokens_per_micro_batch=1"], "reference.tokens_per_micro_batch", "legal: 8192", ["reference.tokens_per_micro_batch=8192"]),
+    ("stopping_rules_apply", ["health.stop_on=[collapse, loss_spike]", "health.ignore=[loss_spike]"], "health.stop_on", "found loss_spike, which", ["health.ignore=[truncation]"]),
     ("path_is_model", ["policy.path=models/x/model.safetensors"], "policy.path", "'models/x'", ["policy.path=models/x"]),
     ("template_for_system_prompt", ["data.chat_template=never", "data.system_prompt=Be kind"], "data.system_prompt", "auto or always", ["data.chat_template=always"]),
     ("template_for_system_prompt", ["data.chat_template=never", "policy.chat_template=t.jinja"], "policy.chat_template", "auto or always", ["policy.chat_template=null"]),
@@ -67,7 +69,7 @@ CASES = [
     ("inline_is_one_process", ["cluster.executor=inline", "policy.ranks=2"], "policy.ranks", "legal: 1", ["cluster.executor=ray"]),
     ("inline_is_one_process", ["cluster.executor=inline", "rollout.engines=2"], "rollout.engines", "legal: 1", ["rollout.engines=1"]),
     ("inline_has_no_ray", ["cluster.executor=inline", "cluster.address=auto"], "cluster.address", "no Ray", ["cluster.address=null"]),
-    ("inline_has_no_ray", ["cluster.executor=inline", "rollout.weight_transport=object_store"], "rollout.weight_transport", "no Ray", ["rollout.weight_transport=auto"]),
+    ("inline_shares_memory", ["cluster.executor=inline", "rollout.weight_transport=object_store"], "rollout.weight_transport", "no Ray", ["rollout.weight_transport=auto"]),
     ("cache_is_vllms", ["rollout.engine=transformers", "rollout.kv_cache_gib=1"], "rollout.kv_cache_gib", "legal: null", ["rollout.engine=vllm"]),
 ]  # fmt: skip
 
@@ -82,7 +84,7 @@ def test_rule(name, wrong, key, words, mended, refused, load):
 
 
 def test_every_rule_has_a_case():
-    assert {rule.check.__name__.strip("_") for rule in RULES} == {case[0] for case in CASES}
+    assert {rule.check.__name__.strip("_") for rule in RULES if Config in rule.of} == {case[0] for case in CASES}
 
 
 def test_the_named_rule_is_the_broken_one(load):
@@ -94,7 +96,7 @@ def test_the_named_rule_is_the_broken_one(load):
         broken = {
             (rule.check.__name__.strip("_"), violation.keys[0])
             for rule in RULES
-            for arguments in rule.arguments(config)
+            for arguments in rule.arguments(config, type(config))
             for violation in rule.check(*arguments)
         }
         assert broken == {(name, key)}

@@ -11,8 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from rayrlhf.config.offline import ExamplesConfig
 from rayrlhf.config.schema import DataConfig
-from rayrlhf.data import PromptData, load_prompts
+from rayrlhf.data import ExampleData, PromptData, load_examples, load_labelled, load_pairs, load_prompts
 
 WORDS = [
     "<unk>", "<s>", "</s>", "<pad>", "[system]", "[user]", "[assistant]", "[end]",
@@ -102,5 +103,30 @@ def load(words: PreTrainedTokenizerFast, write: Callable[..., str]) -> Callable[
         if content is not None:
             keys["prompts"] = write(content)
         return load_prompts(DataConfig(**keys), tokenizer or words, seed=seed, held_out=held_out)
+
+    return load_file
+
+
+@pytest.fixture
+def load_fixed(words: PreTrainedTokenizerFast, write: Callable[..., str]) -> Callable[..., ExampleData[Any]]:
+    """``load_fixed("pairs", rows, **keys)``: the loader of a kind, of rows or the content of a file, with keys of the
+    section ``data``. Nothing is held out where nothing else is said."""
+
+    def load_file(
+        kind: str,
+        content: Any = None,
+        *,
+        name: str = "data.jsonl",
+        tokenizer: Any = None,
+        seed: int = 0,
+        loss_on: Any = None,
+        **keys: Any,
+    ) -> ExampleData[Any]:
+        if content is not None:
+            keys["train"] = write(content, name)
+        keys.setdefault("validation_fraction", 0.0)
+        more = {"loss_on": loss_on} if loss_on else {}
+        loader: Callable[..., Any] = {"examples": load_examples, "pairs": load_pairs, "labelled": load_labelled}[kind]
+        return loader(ExamplesConfig(**keys), tokenizer or words, seed=seed, **more)
 
     return load_file

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from rayrlhf.actors.critic import CriticTrainer
+from rayrlhf.actors.language_model import LanguageModelTrainer
 from rayrlhf.actors.policy import PolicyTrainer
+from rayrlhf.actors.preference import PreferenceTrainer
+from rayrlhf.actors.reward_trainer import RewardModelTrainer
+from rayrlhf.actors.sft import SFTTrainer
 from rayrlhf.actors.trainer import TrainerRole
 from rayrlhf.batch import Batch
 from rayrlhf.config import Config
+from rayrlhf.config.offline import PreferenceConfig, RewardModelConfig, SFTConfig
 from rayrlhf.models.export import named_weights
 from rayrlhf.models.world import World
 
@@ -24,10 +29,18 @@ def as_columns(batch: Batch) -> dict[str, Any]:
 
 def as_batch(columns: dict[str, Any]) -> Batch:
     tensors = {name: torch.from_numpy(values.copy()) for name, values in columns.items()}
-    return Batch(tensors.pop("offsets"), tensors)
+    offsets = tensors.pop("offsets")
+    token = {name: values for name, values in tensors.items() if len(values) == int(offsets[-1])}
+    return Batch(offsets, token, {name: values for name, values in tensors.items() if name not in token})
 
 
 def make_role(world: World, kind: str, path: str, settings: dict[str, Any], total_steps: int = 1000) -> TrainerRole:
+    if kind == "sft":
+        return SFTTrainer(world, SFTConfig.model_validate(settings), path, total_steps)
+    if kind == "reward":
+        return RewardModelTrainer(world, RewardModelConfig.model_validate(settings), path, total_steps)
+    if kind == "preference":
+        return PreferenceTrainer(world, PreferenceConfig.model_validate(settings), path, "shared_memory", total_steps)
     config = Config.model_validate(settings)
     if kind == "critic":
         return CriticTrainer(world, config, path, total_steps)
@@ -36,7 +49,7 @@ def make_role(world: World, kind: str, path: str, settings: dict[str, Any], tota
 
 def weights_of(role: TrainerRole) -> dict[str, Tensor]:
     """All parameters of the role's model, whole, under the names that they have in it."""
-    model = role.lm if isinstance(role, PolicyTrainer) else role.trainer.module
+    model = role.lm if isinstance(role, LanguageModelTrainer) else role.trainer.module
     parameters = dict(model.named_parameters())
     if role.trained.zero_stage == 3:
         import deepspeed
@@ -68,7 +81,7 @@ def single_steps(
         role.load(folder)
         with_budget(role, case["budget"], case["packing"])
         mine = torch.tensor(case["parts"][world.rank], dtype=torch.int64)
-        count = len(role.lay_out(batch.select(mine))) if len(mine) else 0
+        count = len(role.lay_out_training(batch.select(mine))) if len(mine) else 0
         metrics = role.update(batch, [[torch.tensor(p, dtype=torch.int64) for p in case["parts"]]], 1)
         after = weights_of(role)
         moved = {name: (before[name].double() - after[name].double()).numpy() for name in before}
@@ -96,7 +109,7 @@ def trained(
     result: dict[str, Any] = {"metrics": metrics, "steps_done": role.trainer.steps_done}
     result["before"] = {name: w.numpy() for name, w in before.items()}
     result["after"] = {name: w.numpy() for name, w in weights_of(role).items()}
-    if isinstance(role, PolicyTrainer):
+    if isinstance(role, LanguageModelTrainer):
         exported = named_weights(role.lm, zero_stage=role.trained.zero_stage, group_bytes=20_000)
         result["exported"] = {name: w.float().clone().numpy() for name, w in exported}
         result["logprobs"] = role.token_logprobs(batch)["old_logprobs"].numpy()
@@ -121,10 +134,14 @@ def interrupted(
     resumed.load(folder)
     second = resumed.update(batch, schedule[half:], 2)
     same = {name: bool(torch.equal(w, weights_of(resumed)[name])) for name, w in weights_of(straight).items()}
-    return {"same": same, "metrics": (first, second), "steps": (straight.trainer.steps_done, resumed.trainer.steps_done)}
+    return {
+        "same": same,
+        "metrics": (first, second),
+        "steps": (straight.trainer.steps_done, resumed.trainer.steps_done),
+    }
 
 
 def save_and_export(world: World, kind: str, path: str, settings: dict[str, Any], folder: str) -> None:
     role = make_role(world, kind, path, settings)
-    assert isinstance(role, PolicyTrainer)
+    assert isinstance(role, LanguageModelTrainer | RewardModelTrainer)
     role.save_model(folder)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rayrlhf.models.world import World
 
-PRELOADED = ["transformers", "peft", "deepspeed", "rayrlhf.actors.policy", "rayrlhf.actors.critic"]
+PRELOADED = ["transformers", "peft", "deepspeed", "rayrlhf.actors.policy", "rayrlhf.actors.preference"]
 
 
 def _serve(world: World, connection: Connection) -> None:

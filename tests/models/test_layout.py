@@ -120,7 +120,11 @@ def test_nothing_crosses_a_boundary_of_a_packed_row(llama: Path, attention: str)
         values = [scalar(m)[0] for m in (first, second)]
         ends = [scalar(m)[1] for m in (first, second)]
     assert float((before - after)[inside].abs().min()) > 0 and float((before - after)[inside].abs().max()) > 0.1
-    for a, b in ((before[~inside], after[~inside]), (values[0][~inside], values[1][~inside]), (ends[0][1:], ends[1][1:])):
+    for a, b in (
+        (before[~inside], after[~inside]),
+        (values[0][~inside], values[1][~inside]),
+        (ends[0][1:], ends[1][1:]),
+    ):
         assert len(a) and torch.allclose(a, b, rtol=0, atol=1e-7)
 
 

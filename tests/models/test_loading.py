@@ -236,9 +236,7 @@ def test_a_gguf_file_becomes_a_folder_once(gguf_file: tuple[Path, Any], tmp_path
     assert (made / "config.json").stat().st_mtime_ns > written, "a conversion that was cut short is made again"
 
 
-def test_a_gguf_file_in_a_package(
-    gguf_file: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_file_in_a_package(gguf_file: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     for name, count in (("with_none", 0), ("with_one", 1), ("with_two", 2)):
         package = tmp_path / name
@@ -248,7 +246,11 @@ def test_a_gguf_file_in_a_package(
             shutil.copy(gguf_file[0], package / "inside" / f"model{k}.gguf")
     assert to_model_folder("package:with_one", tmp_path / "made") == str(tmp_path / "made")
     assert (tmp_path / "made" / "model.safetensors").exists()
-    for name, message in (("with_none", "ships 0 .gguf files"), ("with_two", "ships 2"), ("without", "no Python package")):
+    for name, message in (
+        ("with_none", "ships 0 .gguf files"),
+        ("with_two", "ships 2"),
+        ("without", "no Python package"),
+    ):
         with pytest.raises(InputRefused, match=message):
             to_model_folder(f"package:{name}", tmp_path / "other")
     assert "with_one" not in sys.modules

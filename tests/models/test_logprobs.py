@@ -96,7 +96,9 @@ def test_softmax_is_in_float32_for_a_bfloat16_model() -> None:
     found = token_logprobs_and_entropy(
         lambda h: h @ weight.T, hidden, targets, temperature=0.7, chunk_tokens=10, with_entropy=True
     )
-    logits = torch.cat([(hidden[i : i + 10] @ weight.T).detach() for i in range(0, TOKENS, 10)]).double().requires_grad_()
+    logits = (
+        torch.cat([(hidden[i : i + 10] @ weight.T).detach() for i in range(0, TOKENS, 10)]).double().requires_grad_()
+    )
     expected = definition(logits, targets, 0.7)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=5e-6)

@@ -145,7 +145,11 @@ def test_critic(known: dict, llama: Path, scorer: Path, tmp_path: Path, size: in
         {"budget": 34, "packing": True, "parts": nobody},
     ]
     arguments: dict[str, Any] = {
-        "kind": "critic", "path": str(scorer), "settings": run, "columns": known["columns"], "cases": cases
+        "kind": "critic",
+        "path": str(scorer),
+        "settings": run,
+        "columns": known["columns"],
+        "cases": cases,
     }
     results = single_steps(alone(), **arguments) if size == 1 else two_ranks.run(single_steps, **arguments)[0]
     scalar = torch.nn.Module()

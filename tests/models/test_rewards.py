@@ -17,7 +17,7 @@ from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.models.tokenizer import load_tokenizer
 from tests.models.making import LENGTHS, PROMPTS, alone, config_of, ragged_tokens
 
-FUNCTIONS = '''
+FUNCTIONS = """
 import math
 
 def longest(prompts, responses):
@@ -56,7 +56,7 @@ def with_all(prompts, responses, **columns):
     return [a + o for a, o in zip(columns["answer"], columns["other"])]
 
 NOT_A_FUNCTION = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -138,9 +138,7 @@ def classified(path: Path, sequences: list[Tensor]) -> list[float]:
 
 def scorer_role(llama: Path, tmp_path: Path, sources: list[dict[str, Any]], **reward: Any) -> RewardScorer:
     packing = reward.pop("packing", None)
-    config = config_of(
-        llama, tmp_path, reward={"sources": sources, **reward}, policy={"packing": packing}
-    )
+    config = config_of(llama, tmp_path, reward={"sources": sources, **reward}, policy={"packing": packing})
     return RewardScorer(alone(), config, str(llama))
 
 
@@ -184,7 +182,9 @@ TEMPLATE = "{% for m in messages %}{{ 'User: ' if m.role == 'user' else ' Answer
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_another_tokenizer_reads_the_text_again(llama: Path, scorer: Path, tmp_path: Path, template: str | None) -> None:
+def test_another_tokenizer_reads_the_text_again(
+    llama: Path, scorer: Path, tmp_path: Path, template: str | None
+) -> None:
     folder = other_tokenizer(scorer, tmp_path / "other", template)
     role = scorer_role(llama, tmp_path, [{"model": str(folder)}])
     tokens, _ = ragged_tokens()

@@ -42,7 +42,10 @@ def test_values_do_not_depend_on_the_temperature(llama: Path, scorer: Path, tmp_
     batch, found = training_batch(), []
     for temperature in (1.0, 0.7):
         config = config_of(
-            llama, tmp_path, rollout={"temperature": temperature}, critic={"tokens_per_micro_batch": 40, "num_layers": 1}
+            llama,
+            tmp_path,
+            rollout={"temperature": temperature},
+            critic={"tokens_per_micro_batch": 40, "num_layers": 1},
         )
         critic = CriticTrainer(alone(), config, str(scorer), 10)
         found.append(critic.values(batch))
@@ -57,7 +60,9 @@ def test_values_do_not_depend_on_the_temperature(llama: Path, scorer: Path, tmp_
         ]
     inside = torch.cat([v[:-1] for v in values]).float() * batch["response_mask"]
     torch.testing.assert_close(found[0]["values"], inside, rtol=0, atol=5e-6)
-    torch.testing.assert_close(found[0]["final_values"], torch.stack([v[-1] for v in values]).float(), rtol=0, atol=5e-6)
+    torch.testing.assert_close(
+        found[0]["final_values"], torch.stack([v[-1] for v in values]).float(), rtol=0, atol=5e-6
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -78,7 +83,9 @@ def test_bfloat16_keeps_rotary_frequencies_and_results(llama: Path, tmp_path: Pa
     torch.testing.assert_close(frequencies.double(), expected, rtol=1e-6, atol=0)
     batch = training_batch()
     a, b = policy.token_logprobs(batch)["old_logprobs"], reference.token_logprobs(batch)["reference_logprobs"]
-    assert torch.equal(a, b), "the same weights in the same type: KL to the reference is exactly 0 before the first step"
+    assert torch.equal(a, b), (
+        "the same weights in the same type: KL to the reference is exactly 0 before the first step"
+    )
     assert float((a - expected_logprobs(llama, 0.7)).abs().max()) < (1e-5 if dtype == "float32" else 0.2)
 
 

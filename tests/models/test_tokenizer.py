@@ -21,7 +21,9 @@ def folder_with(llama: Path, folder: Path, *, config: Any, generation: Any) -> P
     (folder / "config.json").write_text(json.dumps(stored if config is None else {**stored, "eos_token_id": config}))
     (folder / "generation_config.json").unlink()
     if generation != "no file":
-        (folder / "generation_config.json").write_text(json.dumps({} if generation is None else {"eos_token_id": generation}))
+        (folder / "generation_config.json").write_text(
+            json.dumps({} if generation is None else {"eos_token_id": generation})
+        )
     return folder
 
 

@@ -57,9 +57,7 @@ def by_hand(path: Path, batch: Any, rates: list[float], config: Any) -> dict[str
 def test_steps_equal_torch_adamw(llama: Path, tmp_path: Path, stage: int, size: int, two_ranks: Ranks) -> None:
     optimizer = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "max_grad_norm": 0.05, "warmup_steps": 2,
                  "schedule": "linear"}  # fmt: skip
-    run = settings(
-        llama, tmp_path, policy={"zero_stage": stage, "optimizer": optimizer, "tokens_per_micro_batch": 30}
-    )
+    run = settings(llama, tmp_path, policy={"zero_stage": stage, "optimizer": optimizer, "tokens_per_micro_batch": 30})
     batch, config = training_batch(), config_of(llama, tmp_path, policy=run["policy"])
     splits = [[[half] if size == 1 else [half[:1], half[1:]] for half in HALVES][k % 2] for k in range(4)]
     arguments: dict[str, Any] = {
@@ -110,8 +108,8 @@ def poisoned(column: str, value: float) -> Any:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_step_that_is_not_finite_is_skipped(llama: Path, tmp_path: Path, stage: int, dtype: str) -> None:
     """Also where only the loss is spoilt and its gradient would be 0, as with an old log-probability of NaN."""
-    config = config_of(llama, tmp_path, policy={"zero_stage": stage, "dtype": dtype, "optimizer": {"lr": 1e-2}},
-                       ppo={"max_skipped_steps": 3})  # fmt: skip
+    optimizer = {"lr": 1e-2, "max_skipped_steps": 3}
+    config = config_of(llama, tmp_path, policy={"zero_stage": stage, "dtype": dtype, "optimizer": optimizer})
     role = PolicyTrainer(alone(), config, str(llama), "shared_memory", 10)
     batch, step = training_batch(), parts_of(ALL)
     role.update(batch, step, 1)

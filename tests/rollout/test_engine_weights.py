@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from rayrlhf.actors.rollout import RolloutEngine
 from rayrlhf.batch import Batch
 from rayrlhf.cluster.session import ray_session
-from rayrlhf.config.schema import ClusterConfig, RolloutConfig
+from rayrlhf.config import ClusterConfig, RolloutConfig
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.weights import Manifest, SharedMemory, Transport, make_transport, publish, release
 

@@ -1,0 +1,302 @@
+"""The reward service and its client, over real sockets."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import socket
+import threading
+
+import pytest
+import torch
+
+from rayrlhf.actors.reward_http import RemoteReward, RemoteRewardSource
+from rayrlhf.batch import Batch
+from rayrlhf.errors import InputRefused, RunFailed
+from rayrlhf.serving import RewardServer
+from tests.serving.misbehaving import Misbehaving, Reply
+
+TOKEN = "s3cret-token"
+
+
+def by_length(prompts: list[str], responses: list[str]) -> list[float]:
+    return [len(p) + len(r) / 1000 for p, r in zip(prompts, responses, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr("rayrlhf.http_json.FIRST_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def server():
+    with RewardServer(by_length, name="length", token=TOKEN, max_bytes=2000, max_samples=5) as served:
+        yield served
+
+
+def ask(server: RewardServer, method: str, path: str, body: bytes | None = None, token: str | None = TOKEN, **headers):
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+    headers = {key.replace("_", "-"): value for key, value in headers.items()}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    answer = response.status, json.loads(response.read()), response
+    connection.close()
+    return answer
+
+
+def test_scores_come_back_in_order(server):
+    body = json.dumps({"prompts": ["a", "bb"], "responses": ["xyz", "ü"]}).encode()
+    assert ask(server, "POST", "/score", body)[:2] == (200, {"scores": [1.003, 2.001]})
+    assert ask(server, "POST", "/score", b'{"prompts": [], "responses": []}')[:2] == (200, {"scores": []})
+
+
+def test_health_needs_no_token(server):
+    assert ask(server, "GET", "/health", token=None)[:2] == (200, {"status": "ok", "name": "length"})
+
+
+BAD = [
+    ("GET", "/nowhere", None, 404, "not_found"),
+    ("GET", "/score", None, 405, "bad_method"),
+    ("POST", "/health", b"{}", 405, "bad_method"),
+    ("DELETE", "/score", None, 405, "bad_method"),
+    ("POST", "/score", b"{", 400, "bad_json"),
+    ("POST", "/score", b"\xff\xfe", 400, "bad_json"),
+    ("POST", "/score", b"[" * 1500, 400, "bad_json"),
+    ("POST", "/score", b"[1]", 422, "bad_input"),
+    ("POST", "/score", b'{"prompts": ["a"]}', 422, "bad_input"),
+    ("POST", "/score", b'{"prompts": ["a"], "responses": "b"}', 422, "bad_input"),
+    ("POST", "/score", b'{"prompts": ["a"], "responses": [7]}', 422, "bad_input"),
+    ("POST", "/score", b'{"prompts": ["a"], "responses": ["b", "c"]}', 422, "bad_input"),
+    ("POST", "/score", b'{"prompts": ["a"], "responses": ["b"], "promts": []}', 422, "bad_input"),
+    ("POST", "/score", json.dumps({"prompts": ["a"] * 6, "responses": ["b"] * 6}).encode(), 413, "too_large"),
+    ("POST", "/score", b" " * 2001, 413, "too_large"),
+    ("POST", "/score", b" " * 400_000, 413, "too_large"),
+]
+
+
+@pytest.mark.parametrize("method, path, body, status, code", BAD)
+def test_each_kind_of_bad_input_has_its_answer(server, method, path, body, status, code):
+    got, answer, _ = ask(server, method, path, body)
+    assert (got, answer["error"]["code"]) == (status, code)
+    assert answer["error"]["message"]
+
+
+def test_bad_input_is_named_with_its_place(server):
+    body = b'{"prompts": ["a", null], "responses": {"b": 1}, "more": 1}'
+    message = ask(server, "POST", "/score", body)[1]["error"]["message"]
+    assert "prompts[1] is null" in message and "responses is an object" in message and "'more'" in message
+
+
+@pytest.mark.parametrize(
+    "header", [None, "Bearer", "Bearer wrong", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN}x", "Bearer é"]
+)
+def test_without_the_token_nothing_is_scored(header):
+    called = []
+    with RewardServer(lambda p, r: called.append(1) or [0.0], name="x", token=TOKEN) as server:
+        given = {} if header is None else {"Authorization": header}
+        body = b'{"prompts": ["a"], "responses": ["b"]}'
+        status, answer, response = ask(server, "POST", "/score", body, token=None, **given)
+    assert (status, answer["error"]["code"]) == (401, "bad_token")
+    assert response.headers["WWW-Authenticate"] == "Bearer" and not called
+    assert TOKEN not in json.dumps(answer)
+
+
+def test_a_body_without_length_and_broken_http_are_refused(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    for request, status in (
+        (f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n", b"411"),
+        (
+            f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            b"411",
+        ),
+        (f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: -5\r\n\r\n", b"411"),
+        ("BREW /score HTTP/1.1\r\nHost: x\r\n\r\n", b"501"),
+        ("GET /health HTTP/9.9.9\r\n\r\n", b"400"),
+    ):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(request.encode())
+            answer = b"".join(iter(lambda: connection.recv(65536), b"")) if status != b"411" else connection.recv(65536)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.split()[1] == status, answer
+        if body:
+            assert json.loads(body)["error"]["code"]
+
+
+def test_a_connection_goes_on_after_refused_content(server):
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+    for body, status in ((b"{", 400), (b'{"prompts": ["a"], "responses": ["b"]}', 200)):
+        connection.request("POST", "/score", body, {"Authorization": f"Bearer {TOKEN}"})
+        response = connection.getresponse()
+        response.read()
+        assert response.status == status
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "scorer, cause",
+    [
+        (lambda p, r: 1 / 0, "ZeroDivisionError"),
+        (lambda p, r: [1.0], "1 numbers for 2"),
+        (lambda p, r: [1.0, math.nan], "nan for responses[1]"),
+        (lambda p, r: ["x", "y"], "ValueError"),
+    ],
+)
+def test_a_scorer_that_fails_is_a_500_and_a_failed_run(scorer, cause):
+    with RewardServer(scorer, name="x") as server:
+        body = b'{"prompts": ["a", "b"], "responses": ["c", "d"]}'
+        status, answer, _ = ask(server, "POST", "/score", body, token=None)
+        assert (status, answer["error"]["code"]) == (500, "scorer_failed") and cause in answer["error"]["message"]
+        with pytest.raises(RunFailed, match="HTTP 500"):
+            RemoteReward(server.url, retries=1).score(["a", "b"], ["c", "d"])
+
+
+def test_the_scorer_is_called_by_one_thread_at_a_time():
+    inside, most, lock = [], [], threading.Lock()
+
+    def scorer(prompts, responses):
+        with lock:
+            inside.append(1)
+            most.append(len(inside))
+        threading.Event().wait(0.01)
+        with lock:
+            inside.pop()
+        return [float(p) for p in prompts]
+
+    with RewardServer(scorer, name="x") as server:
+        numbers = [str(i) for i in range(40)]
+        assert RemoteReward(server.url, batch=3).score(numbers, numbers) == [float(i) for i in range(40)]
+    assert max(most) == 1 and len(most) == 14
+
+
+def test_it_ends_when_another_thread_closes_it():
+    server = RewardServer(by_length, name="x")
+    serving = threading.Thread(target=server.serve_forever, daemon=True)
+    serving.start()
+    assert RemoteReward(server.url).score(["a"], [""]) == [1.0]
+    server.close()
+    serving.join(5)
+    assert not serving.is_alive()
+    server.close()
+    RewardServer(by_length, name="never served").close()
+
+
+def test_what_can_not_be_served_is_refused(server):
+    with pytest.raises(InputRefused) as refused:
+        RewardServer(by_length, name="x", host="0.0.0.0", max_bytes=0)
+    assert len(refused.value.problems) == 2 and "token" in str(refused.value)
+    port = int(server.url.rpartition(":")[2])
+    with pytest.raises(InputRefused, match="listened"):
+        RewardServer(by_length, name="x", port=port)
+
+
+# -- the client --------------------------------------------------------------------------------------------------------
+
+
+def test_server_and_client_understand_each_other(server, monkeypatch):
+    monkeypatch.setenv("THE_TOKEN", TOKEN)
+    prompts, responses = ["a" * i for i in range(13)], ["é\ud800\u2028"] * 13
+    remote = RemoteReward(server.url + "/", "THE_TOKEN", batch=4)
+    assert remote.score(prompts, responses) == pytest.approx([i + 0.003 for i in range(13)])
+    assert remote.score([], []) == []
+    assert TOKEN not in repr(remote.endpoint)
+
+
+def test_it_tries_again_and_then_goes_on():
+    answers = iter(
+        [
+            Reply({"error": "busy"}, 503, Retry_After="0"),
+            Reply(raw=b"<html>"),
+            Reply(how="drop"),
+            Reply({"scores": [1.0]}),
+            Reply({"scores": [3, 4.5]}),
+        ]
+    )
+    with Misbehaving(lambda payload, headers: next(answers)) as server:
+        assert RemoteReward(server.url, retries=4).score(["a", "b"], ["c", "d"]) == [3.0, 4.5]
+        assert len(server.requests) == 5 and server.paths == ["/score"] * 5
+        assert all(request == {"prompts": ["a", "b"], "responses": ["c", "d"]} for request in server.requests)
+
+
+@pytest.mark.parametrize(
+    "reply, cause",
+    [
+        (Reply(how="hang"), "no answer within 0.3 s"),
+        (Reply({"scores": [1.0, 2.0]}, how="trickle"), "no answer within 0.3 s"),
+        (Reply(how="drop"), "disconnected"),
+        (Reply({"scores": [1.0, 2.0]}, how="cut"), "connection lost|closed|complete"),
+        (Reply({"error": TOKEN}, 401), r"HTTP 401.*doesn't accept the token.*\*\*\*"),
+        (Reply({}, 500), "HTTP 500"),
+        (Reply(raw=b"\xff"), "no JSON"),
+        (Reply([1.0, 2.0]), 'without a list "scores"'),
+        (Reply({"scores": [1.0]}), "1 scores for 2 responses"),
+        (Reply({"scores": [1.0, None]}), "score 2 is None"),
+        (Reply({"scores": [True, 1.0]}), "score 1 is True"),
+        (Reply(raw=b'{"scores": [NaN, 1]}'), "score 1 is nan"),
+        (Reply(raw=b'{"scores": [1e999, 1]}'), "score 1 is inf"),
+        (Reply({"scores": [10**400, 1]}), "not a finite number"),
+    ],
+)
+def test_what_stays_wrong_fails_the_run_with_address_and_cause(reply, cause, monkeypatch):
+    monkeypatch.setenv("THE_TOKEN", TOKEN)
+    with Misbehaving(lambda payload, headers: reply) as server:
+        with pytest.raises(RunFailed, match=cause) as failed:
+            RemoteReward(server.url, "THE_TOKEN", timeout_s=0.3, retries=2).score(["a", "b"], ["c", "d"])
+        assert len(server.requests) == 3
+    assert f"{server.url}/score" in str(failed.value) and "samples 1-2 of 2" in str(failed.value)
+    assert "3 attempts" in str(failed.value) and TOKEN not in str(failed.value)
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422, 302])
+def test_what_the_same_request_can_not_cure_is_not_repeated(status):
+    with Misbehaving(lambda payload, headers: Reply({}, status, Location="http://127.0.0.1:9/")) as server:
+        with pytest.raises(RunFailed, match=f"in 1 attempt: HTTP {status}"):
+            RemoteReward(server.url).score(["a"], ["b"])
+        assert len(server.requests) == 1
+
+
+def test_nobody_listens():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(RunFailed, match="connect"):
+        RemoteReward(url, retries=1).score(["a"], ["b"])
+
+
+def test_pauses_double_up_to_their_bound(monkeypatch):
+    monkeypatch.setattr("rayrlhf.http_json.FIRST_PAUSE_S", 0.5)
+    endpoint = RemoteReward("http://127.0.0.1", timeout_s=10, retries=8).endpoint
+    pauses = [endpoint.pause_s(attempt) for attempt in range(1, 9)]
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert endpoint.patience_s == 9 * 10 + sum(pauses)
+
+
+def test_bad_settings_are_refused(monkeypatch):
+    monkeypatch.delenv("NO_TOKEN", raising=False)
+    with pytest.raises(InputRefused, match="NO_TOKEN is not set"):
+        RemoteReward("http://x", "NO_TOKEN")
+    with pytest.raises(InputRefused) as refused:
+        RemoteReward("ftp://x", timeout_s=0, retries=-1)
+    assert len(refused.value.problems) == 3
+    for url in ("localhost:8000", "http://", "http://user:pw@host", "http://host:99999", "http://h\n"):
+        with pytest.raises(InputRefused, match="url"):
+            RemoteReward(url)
+    with pytest.raises(InputRefused, match="batch"):
+        RemoteReward("http://x", batch=0)
+
+
+def test_as_a_source_of_reward(server, monkeypatch):
+    class Words:
+        def batch_decode(self, ids, skip_special_tokens):
+            assert skip_special_tokens
+            return ["".join(map(str, sample)) for sample in ids]
+
+    monkeypatch.setenv("THE_TOKEN", TOKEN)
+    batch = Batch.from_samples(
+        {"tokens": [torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6, 7])]},
+        {"prompt_length": torch.tensor([1, 1]), "prompt_text": ["pp", "q"]},
+    )
+    scores = RemoteRewardSource(RemoteReward(server.url, "THE_TOKEN"), "far", Words()).score(batch)
+    assert scores.dtype == torch.float32 and scores.tolist() == pytest.approx([2.002, 1.003])
