@@ -1,6 +1,6 @@
 """Faster kernels for a CPU, with the results of torch's own to rounding.
 
-Two of torch's choices cost a third of an update there. Attention's backward pass in bfloat16 takes two to three times as
+Two of torch's choices cost time there. Attention's backward pass in bfloat16 takes two to three times as
 long as in float32 (heads of 64, up to 256 tokens), and more accurate it isn't. And float32 products go to MKL, which on
 AMD processors is slower than oneDNN for the product with a weight and for the gradient of its input.
 """
