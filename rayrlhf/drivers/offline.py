@@ -242,7 +242,7 @@ def _check_content(prepared: PreparedExamples, opening: Opening) -> None:
     report = check_file(prepared.config.data, prepared.tokenizer, kind=data_kind(prepared.config))
     for line in report.lines():
         if line.startswith("warning"):
-            opening.progress.note(line, warning=True)
+            opening.progress.note(line.removeprefix("warning: "), warning=True)
     (Path(prepared.config.run_dir) / "data_check.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
 
 
