@@ -25,7 +25,8 @@ def after_validation(run: OfflineRun, result: Mapping[str, Any]) -> bool:
     """
     assert isinstance(run.config, PreferenceConfig)
     dpo, guard, kl = run.config.dpo, run.config.guard, result["kl_per_token"]
-    within = guard.max_kl is None or not math.isfinite(kl) or kl <= guard.max_kl
+    # A KL that was measured and isn't finite is beyond every bound.
+    within = guard.max_kl is None or run.rollout is None or kl <= guard.max_kl
     if within:
         if "roll_back" in guard.actions and guard.max_kl is not None:
             run.keep("good")
@@ -98,7 +99,7 @@ def quality_gate(run: OfflineRun) -> list[str]:
             "falling",
         ),
     ]
-    if bound is not None and math.isfinite(kl):
+    if bound is not None and run.rollout is not None:
         gates.insert(0, ("kl", kl <= bound, f"KL {kl:.4f} nats a token", f"at most {bound:g}"))
     rows = [dict(zip(("name", "passed", "found", "wanted"), gate, strict=True)) for gate in gates]
     failed = [f"{name}: {found}, wanted {wanted}" for name, passed, found, wanted in gates if not passed]

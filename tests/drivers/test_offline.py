@@ -268,3 +268,11 @@ def test_two_ranks_on_ray_train_as_one_inline(world: OfflineWorld, ray_once, alg
             assert mine["kl_per_token"] == pytest.approx(0, abs=1e-5)
     for name, weight in two.weights.items():
         torch.testing.assert_close(weight, one.weights[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_kl_that_is_not_finite_is_beyond_the_bound(world: OfflineWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayrlhf.drivers.preference_validation.sampled_kl", lambda run, data: math.nan)
+    sections = {"training": {"max_steps": 2, "validate_every_steps": 1}}
+    with pytest.raises(RunFailed, match="quality gate isn't passed: kl: KL nan"):
+        world.train("not-finite", "dpo", sections)
+    assert "halve_lr" in world.printed
