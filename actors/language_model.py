@@ -19,6 +19,7 @@ from rayrlhf.models.export import gathered_adapters, named_weights, save_model_f
 from rayrlhf.models.heads import PolicyModel
 from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.loading import DTYPES, add_lora, check_output_head, load_causal_lm
+from rayrlhf.models.merging import Checked, merged_logprobs, probe_batch, write_checked
 from rayrlhf.models.world import World
 from rayrlhf.weights import Manifest, make_transport, publish, release
 
@@ -124,17 +125,34 @@ class LanguageModelTrainer(TrainerRole):
             self.transport.close()
 
     def save_model(self, folder: str) -> None:
-        """Write the model as a Hugging Face folder: adapters merged, or the adapter alone where so configured."""
-        lora = self.trained.lora
+        """Write the model as a Hugging Face folder: adapters merged, or the adapter alone where so configured.
+
+        All ranks call it.
+
+        Raises:
+            RunFailed: where the merged model's log-probabilities aren't those of the model with its adapters.
+        """
+        lora, dtype = self.trained.lora, DTYPES[self.trained.dtype]
         if lora is not None and lora.save == "adapter":
             self._save_adapter(folder)
             return
+        expected = None if lora is None else self._probed()
         weights = named_weights(self.lm, zero_stage=self.trained.zero_stage)
-        if self.world.rank == 0:
-            save_model_folder(self.lm, weights, Path(folder), DTYPES[self.trained.dtype])
-        else:
+        if self.world.rank != 0:
             for _ in weights:
                 pass
+        elif expected is None:
+            save_model_folder(self.lm, weights, Path(folder), dtype)
+        else:
+            checked = Checked(
+                "log-probabilities", expected, lambda where: merged_logprobs(type(self.lm), where, dtype), dtype
+            )
+            write_checked(Path(folder), lambda where: save_model_folder(self.lm, weights, where, dtype), checked)
+
+    def _probed(self) -> Tensor:
+        """Log-probabilities of the probes, adapters on."""
+        probes = probe_batch(self.lm.config.get_text_config().vocab_size)
+        return self.token_logprobs(probes, temperature=1.0)["old_logprobs"][probes["response_mask"]]
 
     def _save_adapter(self, folder: str) -> None:
         assert self.peft is not None

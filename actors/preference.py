@@ -76,7 +76,7 @@ class PreferenceTrainer(LanguageModelTrainer):
         Returns:
             ``loss``, ``rewards/{chosen,rejected,margins,accuracies}``, ``logps/{chosen,rejected}`` (sums over a response's
             tokens), the mean over the pairs; for ``orpo`` also ``nll_loss``. For ``kto`` chosen and rejected are the
-            desirable and the undesirable samples, accuracy is that of the sign of the log-ratio less z_0, and ``kl`` is
+            desirable and the undesirable samples, accuracy is the share on the right side of z_0 (`kto_loss`), and ``kl`` is
             z_0.
         """
         self.beta = self.config.dpo.beta if beta is None else beta
@@ -170,12 +170,11 @@ class PreferenceTrainer(LanguageModelTrainer):
                 undesirable_weight=dpo.undesirable_weight,
             )
             total = found.loss.sum() / counts.sequences
-            above = found.rewards > self.beta * z_0
             stats = {
                 "loss": total,
                 "rewards/chosen": found.rewards[liked].sum(),
                 "rewards/rejected": found.rewards[~liked].sum(),
-                "rewards/accuracies": (above == liked).sum(),
+                "rewards/accuracies": found.correct.sum(),
                 "logps/chosen": logps[liked].sum(),
                 "logps/rejected": logps[~liked].sum(),
                 "chosen_count": liked.sum(),

@@ -5,24 +5,35 @@ from __future__ import annotations
 import importlib
 import inspect
 import traceback
-from collections.abc import Callable, Collection
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from rayrlhf.batch import Batch
-from rayrlhf.config import Config, source_name
+from rayrlhf.config.schema import ScorerProcesses, ScoreSource
 from rayrlhf.config.trainers import ModelConfig
+from rayrlhf.data.conversation import Message
+from rayrlhf.data.tokens import PromptTokenizer
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.models.distributed import device_of
 from rayrlhf.models.layout import micro_batches
 from rayrlhf.models.loading import DTYPES, load_reward_model
 from rayrlhf.models.packing import packs
-from rayrlhf.models.tokenizer import load_tokenizer
+from rayrlhf.models.tokenizer import load_tokenizer, plain_prompts_are_chats
 from rayrlhf.models.world import World
 
-__all__ = ["RewardFunction", "RewardModel", "RewardScorer", "check_signature", "import_function"]
+__all__ = [
+    "NamedSource",
+    "RewardFunction",
+    "RewardModel",
+    "RewardScorer",
+    "as_trained",
+    "check_signature",
+    "import_function",
+]
 
 
 class Source(Protocol):
@@ -30,6 +41,14 @@ class Source(Protocol):
 
     def score(self, batch: Batch) -> Tensor:
         """float32 [S], one number a sample."""
+
+
+@runtime_checkable
+class Service(Protocol):
+    """A source that may fail for some samples."""
+
+    def score_each(self, batch: Batch) -> tuple[Tensor, list[str | None]]:
+        """float32 [S], NaN where it failed; and why, None where it didn't."""
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -136,31 +155,32 @@ class RewardFunction:
 class RewardModel:
     """A sequence-classification model, read at the last real token of prompt and response.
 
-    Where its tokenizer is the policy's, it reads the very tokens of the sample. Where it is another one, prompt and
-    response are decoded and tokenized again for it, with its own chat template if it has one.
+    Where its tokenizer is the policy's, it reads the very tokens of the sample. Where it is another one, the response is
+    decoded, and prompt and response are tokenized for it as in its training (`as_trained`): with a chat template of its own
+    the whole conversation, and a plain prompt as a user's message where it was trained so (`plain_prompts_are_chats`);
+    without one the prompt's text, of a conversation the last message.
 
     Args:
         path: folder or hub name.
         name: its name in metrics and messages.
-        config: the whole run.
+        config: how it is run.
         tokenizer: the policy's.
         world: this process's place in the group.
     """
 
-    def __init__(self, path: str, name: str, config: Config, tokenizer: Any, world: World):
-        reward = config.reward
+    def __init__(self, path: str, name: str, config: ScorerProcesses, tokenizer: Any, world: World):
         self.name, self.path, self.device = name, path, device_of(world)
         self.settings = ModelConfig(
-            dtype=reward.dtype,
-            tokens_per_micro_batch=reward.tokens_per_micro_batch,
-            attention=config.policy.attention,
-            packing=config.policy.packing,
-            trust_remote_code=config.policy.trust_remote_code,
+            dtype=config.dtype,
+            tokens_per_micro_batch=config.tokens_per_micro_batch,
+            attention=config.attention,
+            trust_remote_code=config.trust_remote_code,
         )
-        self.model = load_reward_model(path, self.settings, dtype=DTYPES[reward.dtype]).to(self.device).eval()
-        own = load_tokenizer(path, trust_remote_code=config.policy.trust_remote_code)
+        self.model = load_reward_model(path, self.settings, dtype=DTYPES[config.dtype]).to(self.device).eval()
+        own = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
         self.policy_tokenizer = tokenizer
-        self.own_tokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
+        self.encoder = None if own.get_vocab() == tokenizer.get_vocab() else PromptTokenizer(own)
+        self.chats = plain_prompts_are_chats(path, bool(own.chat_template))
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
@@ -169,8 +189,8 @@ class RewardModel:
         Raises:
             RunFailed: where a score isn't finite.
         """
-        if self.own_tokenizer is not None:
-            batch = self._tokenized_again(batch, self.own_tokenizer)
+        if self.encoder is not None:
+            batch = self._tokenized_again(batch, self.encoder)
         scores = torch.zeros(len(batch), dtype=torch.float32)
         for micro in micro_batches(batch, self.settings.tokens_per_micro_batch, packs(self.settings), mask=None):
             _, last = self.model(micro.to(self.device))
@@ -179,50 +199,136 @@ class RewardModel:
             raise RunFailed(f"reward model {self.path} gave a score that is not finite")
         return scores
 
-    def _tokenized_again(self, batch: Batch, own: Any) -> Batch:
+    def _tokenized_again(self, batch: Batch, encoder: PromptTokenizer) -> Batch:
         responses = self.policy_tokenizer.batch_decode(
             [t.tolist() for t in response_tokens(batch)], skip_special_tokens=True
         )
+        asked: list[str | list[Message]] = list(batch["prompt_text"])
+        if encoder.has_template:
+            conversations = batch["messages"] if "messages" in batch else [None] * len(batch)
+            asked = [
+                messages or ([{"role": "user", "content": text}] if self.chats else text)
+                for messages, text in zip(conversations, batch["prompt_text"], strict=True)
+            ]
         samples = []
-        for prompt, response in zip(batch["prompt_text"], responses, strict=True):
-            if own.chat_template:
-                turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-                ids = own.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
-            else:
-                ids = own(prompt + response)["input_ids"]
-            samples.append(torch.tensor(ids, dtype=torch.int64))
+        for prompt, response in zip(asked, responses, strict=True):
+            try:
+                samples.append(as_trained(encoder, prompt, response))
+            # a template is a program, and can raise anything
+            except Exception as error:
+                raise RunFailed(
+                    f"reward model {self.path}: its chat template can't write the prompt {str(prompt)[:200]!r} and its "
+                    f"response: {type(error).__name__}: {error}"
+                ) from error
         return Batch.from_samples({"tokens": samples})
 
 
+def as_trained(encoder: PromptTokenizer, prompt: str | Sequence[Message], response: str) -> Tensor:
+    """The tokens of a prompt and its response as a reward model reads them in its training.
+
+    Args:
+        encoder: of the reward model's tokenizer.
+        prompt: a plain text, or a conversation for the chat template.
+        response: as if it were complete: with EOS, or the template's end of turn, and nothing behind it. A tokenizer
+            without EOS (BERT's, say) writes a plain prompt and its response as one text of its own.
+
+    Returns:
+        int64 [tokens].
+
+    Raises what the template raises.
+    """
+    if isinstance(prompt, str):
+        if encoder.tokenizer.eos_token_id is None:
+            return torch.tensor(encoder.tokenizer(prompt + response)["input_ids"], dtype=torch.int64)
+        ids = encoder.encode_plain([prompt])[0] + encoder.with_eos(encoder.encode_rendered([response])[0])
+    else:
+        written = encoder.render(prompt)
+        # Of a blank response only its end is left.
+        behind = encoder.response(written, prompt, response) if response.strip() else None
+        ids = encoder.encode_rendered([written])[0]
+        ids += encoder.with_eos([]) if behind is None else encoder.encode_rendered([behind])[0]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class NamedSource:
+    """One source of scores, and what its scores are for."""
+
+    name: str
+    source: ScoreSource
+    weight: float | None = 1.0
+    """Factor in the weighted sum; None: it is no part of it, and has a column under its name."""
+
+
 class RewardScorer:
-    """All sources of reward of a run: their scores, and the weighted sum.
+    """All sources of scores of a run, and their weighted sum.
 
     Args:
         world: this process's place in the group.
-        config: the whole run.
+        config: how reward models are run.
         tokenizer_path: the policy's tokenizer.
+        sources: what scores. Their names differ.
+        mark_failures: a service that fails for good gives NaN for the samples concerned, and says why, instead of
+            raising. What scores in this process raises all the same.
+
+    Raises:
+        InputRefused: where a function, a model or a service's settings can't be used, or two sources have one name.
     """
 
-    def __init__(self, world: World, config: Config, tokenizer_path: str):
+    def __init__(
+        self,
+        world: World,
+        config: ScorerProcesses,
+        tokenizer_path: str,
+        sources: Sequence[NamedSource],
+        mark_failures: bool = False,
+    ):
+        names = [named.name for named in sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputRefused(f"{', '.join(twice)}: the name of several sources of scores; legal: one name each")
         if world.threads is not None:
             torch.set_num_threads(world.threads)
-        tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.policy.trust_remote_code)
-        self.sources: list[tuple[str, float, Source]] = []
-        for source in config.reward.sources:
-            name = source_name(source.name, source.function, source.model)
-            made: Source
-            if source.function is not None:
-                made = RewardFunction(source.function, name, tokenizer)
-            else:
-                assert source.model is not None
-                made = RewardModel(source.model, name, config, tokenizer, world)
-            self.sources.append((name, source.weight, made))
+        tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.trust_remote_code)
+        self.mark_failures = mark_failures
+        self.sources = [(named, _made(named, config, tokenizer, world)) for named in sources]
 
     def score(self, batch: Batch) -> Batch:
-        """Sample columns ``score``, the weighted sum, and ``score/NAME`` of each source where there are several."""
-        scores = {name: source.score(batch) if len(batch) else torch.zeros(0) for name, _, source in self.sources}
-        total = sum((weight * scores[name] for name, weight, _ in self.sources), torch.zeros(len(batch)))
-        columns = {"score": total}
-        if len(scores) > 1:
-            columns |= {f"score/{name}": values for name, values in scores.items()}
+        """Score all samples with all sources.
+
+        Returns:
+            The sample columns ``score``, the weighted sum; ``score/NAME`` of each of its sources where there are several;
+            and ``NAME`` of each source that is no part of it. Where failures are marked, ``NAME/failure`` of each service
+            too: why a sample has no score (its score is NaN), None where it has one.
+
+        Raises:
+            RunFailed: a source fails.
+        """
+        scores: dict[str, Tensor] = {}
+        columns: dict[str, Tensor | list] = {}
+        for named, made in self.sources:
+            if self.mark_failures and isinstance(made, Service):
+                found, columns[f"{named.name}/failure"] = made.score_each(batch) if len(batch) else (torch.zeros(0), [])
+            else:
+                found = made.score(batch) if len(batch) else torch.zeros(0)
+            scores[named.name] = found
+        summed = {n.name: n.weight for n, _ in self.sources if n.weight is not None}
+        total = sum((weight * scores[name] for name, weight in summed.items()), torch.zeros(len(batch)))
+        columns |= {name: values for name, values in scores.items() if name not in summed}
+        columns["score"] = total
+        if len(summed) > 1:
+            columns |= {f"score/{name}": scores[name] for name in summed}
         return Batch(batch.offsets, {}, columns)
+
+
+def _made(named: NamedSource, config: ScorerProcesses, tokenizer: Any, world: World) -> Source:
+    source = named.source
+    if source.function is not None:
+        return RewardFunction(source.function, named.name, tokenizer)
+    if source.url is not None:
+        # It imports this module.
+        from rayrlhf.actors.reward_http import RemoteReward, RemoteRewardSource
+
+        remote = RemoteReward(source.url, source.token_env, source.timeout_s, source.retries)
+        return RemoteRewardSource(remote, named.name, tokenizer)
+    assert source.model is not None
+    return RewardModel(source.model, named.name, config, tokenizer, world)

@@ -17,7 +17,9 @@ from rayrlhf.models.export import save_reward_folder
 from rayrlhf.models.heads import ScalarModel
 from rayrlhf.models.layout import ModelInput, micro_batches, pair_micro_batches
 from rayrlhf.models.loading import DTYPES, add_lora, load_critic, prompt_sharing, scorer_class
+from rayrlhf.models.merging import Checked, merged_scores, probe_batch, write_checked
 from rayrlhf.models.packing import packs
+from rayrlhf.models.tokenizer import Padding
 from rayrlhf.models.world import World
 
 __all__ = ["RewardModelTrainer"]
@@ -94,17 +96,39 @@ class RewardModelTrainer(TrainerRole):
 
     # -- the model ----------------------------------------------------------------------------------------------
 
-    def save_model(self, folder: str, mean: float = 0.0, deviation: float = 1.0) -> None:
+    def save_model(
+        self, folder: str, mean: float = 0.0, deviation: float = 1.0, padding: Padding | None = None
+    ) -> None:
         """Write a Hugging Face sequence-classification folder whose scores are (score - mean) / deviation.
 
-        All ranks call it. Adapters are merged. See `save_reward_folder` for where mean and deviation go.
+        All ranks call it. Adapters are merged. See `save_reward_folder` for where mean, deviation and padding go.
+
+        Raises:
+            RunFailed: where the merged model's scores aren't those of the model with its adapters.
         """
-        save_reward_folder(
-            self.scalar,
-            Path(folder) if self.world.rank == 0 else None,
-            DTYPES[self.trained.dtype],
-            zero_stage=self.trained.zero_stage,
-            path=self.model_path,
-            mean=mean,
-            deviation=deviation,
-        )
+        dtype = DTYPES[self.trained.dtype]
+
+        def write(where: Path | None) -> None:
+            save_reward_folder(
+                self.scalar,
+                where,
+                dtype,
+                zero_stage=self.trained.zero_stage,
+                path=self.model_path,
+                mean=mean,
+                deviation=deviation,
+                padding=padding,
+            )
+
+        raw = None
+        if self.trained.lora is not None:
+            raw = self.scores(probe_batch(self.scalar.backbone.config.get_text_config().vocab_size))["score"]
+        if self.world.rank != 0:
+            write(None)
+        elif raw is None:
+            write(Path(folder))
+        else:
+            trust = self.trained.trust_remote_code
+            expected = (raw - mean) / deviation
+            checked = Checked("scores", expected, lambda where: merged_scores(where, dtype, trust), dtype)
+            write_checked(Path(folder), write, checked)

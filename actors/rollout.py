@@ -20,7 +20,7 @@ from rayrlhf.actors.rollout_common import (
     rollout_environment,
 )
 from rayrlhf.batch import Batch
-from rayrlhf.config.schema import RolloutConfig
+from rayrlhf.config.schema import SamplerConfig
 from rayrlhf.errors import RunFailed
 from rayrlhf.models.world import World
 from rayrlhf.weights import Entry, Manifest, checksum, differing, make_transport, receive
@@ -54,7 +54,7 @@ class RolloutEngine:
         world: World,
         *,
         model_path: str,
-        config: RolloutConfig,
+        config: SamplerConfig,
         dtype: Literal["float32", "bfloat16"],
         max_model_tokens: int,
         transport_name: str,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.actors.rollout_common import Finished, ModelFacts, Request, unpartitioned
-from rayrlhf.config.schema import RolloutConfig
+from rayrlhf.config.schema import SamplerConfig
 from rayrlhf.errors import RunFailed
 from rayrlhf.models.world import World
 from rayrlhf.weights import Entry, Manifest
@@ -86,7 +86,7 @@ class TransformersEngine:
         *,
         model_path: str,
         tokenizer_path: str,
-        config: RolloutConfig,
+        config: SamplerConfig,
         dtype: Literal["float32", "bfloat16"],
         max_model_tokens: int,
         facts: ModelFacts,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.actors.rollout_common import Finished, ModelFacts, Request, rollout_environment
-from rayrlhf.config.schema import RolloutConfig
+from rayrlhf.config.schema import SamplerConfig
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.models.world import World
 from rayrlhf.weights import Entry, Manifest
@@ -47,7 +47,7 @@ class VllmEngine:
         *,
         model_path: str,
         tokenizer_path: str,
-        config: RolloutConfig,
+        config: SamplerConfig,
         dtype: Literal["float32", "bfloat16"],
         max_model_tokens: int,
         facts: ModelFacts,
@@ -195,7 +195,7 @@ class VllmEngine:
             engine.engine_core.shutdown()
 
 
-def kv_cache_bytes(model: Any, config: RolloutConfig, dtype: str, max_model_tokens: int) -> int:
+def kv_cache_bytes(model: Any, config: SamplerConfig, dtype: str, max_model_tokens: int) -> int:
     """Bytes of the KV cache of one engine.
 
     On a CPU: room for ``max_num_seqs`` sequences of ``max_model_tokens`` in whole blocks, but no more than a quarter of

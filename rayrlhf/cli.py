@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -31,9 +31,18 @@ Overrides = Annotated[
 ]
 
 
+_TRAINING = "Interrupted. What was trained up to the last whole step is in the run's folder; go on with --resume."
+_NOTHING_LEFT = "Interrupted: nothing was written but the log. The same command begins anew."
+_GOES_ON = "Interrupted. The same command goes on where it stopped."
+
+
 @contextmanager
-def _told_plainly() -> Iterator[None]:
-    """Turn the two bad ends into a message and an exit code; anything else is a defect, and keeps its traceback."""
+def _told_plainly(interrupted: str = "Interrupted.") -> Iterator[None]:
+    """Turn the two bad ends into a message and an exit code; anything else is a defect, and keeps its traceback.
+
+    Args:
+        interrupted: what is said after Ctrl-C.
+    """
     from rayrlhf.errors import InputRefused, RunFailed
 
     try:
@@ -48,9 +57,7 @@ def _told_plainly() -> Iterator[None]:
         _complain(f"The run failed: {failed}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        _complain(
-            "Interrupted. What was trained up to the last whole step is in the run's folder; go on with --resume."
-        )
+        _complain(interrupted)
         raise typer.Exit(1) from None
 
 
@@ -65,7 +72,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
 ) -> None:
     """Run the algorithm that a configuration names, here or on the Ray cluster of cluster.address."""
-    with _told_plainly():
+    with _told_plainly(_TRAINING):
         from rayrlhf.config import load_config
 
         loaded = load_config(config, overrides or [])
@@ -77,14 +84,18 @@ def train(
 
 @app.command()
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Show a configuration's batch arithmetic and roles, without starting anything."""
+    """Show a configuration's batch arithmetic and roles, or a pipeline's stages, without starting anything."""
     with _told_plainly():
         from rich.console import Console
 
         from rayrlhf.config import load_config, plan_rows
+        from rayrlhf.config.pipeline import is_pipeline, load_pipeline, pipeline_rows
         from rayrlhf.monitoring.plan import render_plan
 
-        render_plan(plan_rows(load_config(config, overrides or [])), Console())
+        if is_pipeline(config):
+            render_plan(pipeline_rows(load_pipeline(config, overrides or [])), Console())
+        else:
+            render_plan(plan_rows(load_config(config, overrides or [])), Console())
 
 
 @app.command()
@@ -140,31 +151,52 @@ def export(
 
 
 @app.command()
-def sample(
-    config: ConfigPath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write; it must not exist.")],
-    overrides: Overrides = None,
-    responses: Annotated[int, typer.Option("--responses", "-n", min=1, help="Responses to each prompt.")] = 4,
-    prompts: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--prompts", min=1, help="Use only the first so many training prompts."),
-    ] = None,
-    form: Annotated[
-        str, typer.Option("--as", help="pairs (best over worst), best (for sft), or all (every response).")
-    ] = "pairs",
-    least_gap: Annotated[
-        float, typer.Option("--least-gap", min=0.0, help="Leave out pairs whose scores differ by less, and ties.")
-    ] = 0.0,
-) -> None:
-    """Let a PPO configuration's model answer its prompts, score the responses, and write preference pairs or examples."""
-    with _told_plainly():
-        from rayrlhf.config import load_config
-
-        loaded = load_config(config, overrides or [])
-        _prepare_process(alone=loaded.cluster.executor == "inline")
+def sample(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Let a model answer prompts, score the responses, and write preference pairs, best-of-n examples, or all of them."""
+    with _told_plainly(_NOTHING_LEFT):
+        loaded = _loaded_for("sampling", config, overrides or [])
         from rayrlhf.drivers.sample import sample_responses
 
-        sample_responses(loaded, out, responses=responses, prompts=prompts, form=form, least_gap=least_gap)
+        sample_responses(loaded)
+
+
+@app.command()
+def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Compare models on the same prompts: scores, win rates, KL, perplexity, variety, samples side by side."""
+    with _told_plainly(_NOTHING_LEFT):
+        loaded = _loaded_for("evaluation", config, overrides or [])
+        from rayrlhf.drivers.evaluate import evaluate_models
+
+        evaluate_models(loaded)
+
+
+@app.command()
+def pipeline(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    redo: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--redo", metavar="STAGE", help="Do this stage again, and all that need it; may be repeated."),
+    ] = None,
+) -> None:
+    """Run stages that feed each other, such as SFT, pairs, DPO and a comparison; the same command again goes on."""
+    with _told_plainly(_GOES_ON):
+        _prepare_process(alone=True)
+        from rayrlhf.config.pipeline import load_pipeline
+        from rayrlhf.drivers.pipeline import run_pipeline
+        from rayrlhf.drivers.pipeline_inputs import look
+
+        run_pipeline(load_pipeline(config, overrides or [], look), redo=redo or [])
+
+
+@app.command()
+def critique(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Let a model criticise its own responses by principles and revise them, and write preference pairs."""
+    with _told_plainly(_NOTHING_LEFT):
+        loaded = _loaded_for("critique", config, overrides or [])
+        from rayrlhf.drivers.critique import critique_responses
+
+        critique_responses(loaded)
 
 
 @data_app.command("check")
@@ -174,6 +206,10 @@ def data_check(
     model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--model", help="Model whose tokenizer and chat template are used with a file."),
+    ] = None,
+    reward_model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--reward-model", help="Reward model whose scores say which pairs may be swapped."),
     ] = None,
     fix: Annotated[
         Optional[Path],  # noqa: UP045
@@ -185,7 +221,7 @@ def data_check(
         _prepare_process(alone=True)
         from rayrlhf.drivers.data_check import check_data
 
-        raise typer.Exit(check_data(what, overrides or [], model=model, fix_to=fix))
+        raise typer.Exit(check_data(what, overrides or [], model=model, reward_model=reward_model, fix_to=fix))
 
 
 @app.command("serve-reward")
@@ -215,6 +251,18 @@ def doctor() -> None:
     from rayrlhf.doctor import examine
 
     raise typer.Exit(examine())
+
+
+def _loaded_for(algorithm: str, config: Path, overrides: list[str]) -> Any:
+    """A configuration that must be for this algorithm, and the process prepared for it."""
+    from rayrlhf.config import load_config
+    from rayrlhf.errors import InputRefused
+
+    loaded = load_config(config, overrides)
+    if loaded.algorithm != algorithm:
+        raise InputRefused(f"algorithm: found {loaded.algorithm} in {config}; this command takes {algorithm}")
+    _prepare_process(alone=loaded.cluster.executor == "inline")
+    return loaded
 
 
 def _prepare_process(*, alone: bool) -> None:

@@ -161,7 +161,7 @@ async def _attempt(client: httpx.AsyncClient, to: Endpoint, payload: Any) -> Any
         raise _refused(response, bytes(body), to)
     try:
         return json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"an answer that is no JSON: {_shown(bytes(body))}") from None
 
 

@@ -61,6 +61,9 @@ class KTOLoss:
     """[S]."""
     rewards: Tensor
     """[S], the reward that the policy implies, up to a term of the prompt alone."""
+    correct: Tensor
+    """bool [S], whether the log-ratio lies on its label's side of z_0: above it of a desirable, below it of an undesirable
+    response. At z_0 itself it lies on neither."""
 
 
 def sigmoid_loss(
@@ -359,6 +362,11 @@ def kto_loss(
     an undesirable response. So ``L = lambda_D sigma(beta (z_0 - r))`` and ``lambda_U sigma(beta (r - z_0))``, which keep
     their digits where sigma is near 1. The rewards are ``beta r``.
 
+    The paper has no accuracy. Here an example is ``correct`` where the policy has it on the right side of the paper's
+    reference point z_0: where a desirable response is a gain (``v > lambda_D / 2``), or an undesirable one, seen from the
+    other side, is. It needs no second example, unlike the share of pairs in order, so it is the same in a minibatch as
+    over held-out examples.
+
     Args:
         logps: [S], log pi(y|x).
         reference_logps: [S], log pi_ref(y|x).
@@ -385,7 +393,8 @@ def kto_loss(
     loss = torch.where(
         desirable, desirable_weight * torch.sigmoid(-distance), undesirable_weight * torch.sigmoid(distance)
     )
-    return KTOLoss(loss, (beta * log_ratio).detach())
+    correct = torch.where(desirable, distance > 0, distance < 0)
+    return KTOLoss(loss, (beta * log_ratio).detach(), correct)
 
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:

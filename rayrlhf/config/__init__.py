@@ -11,9 +11,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayrlhf.config.base import CheckpointConfig, ClusterConfig, MonitoringConfig, RunConfig
+    from rayrlhf.config.base import CheckpointConfig, ClusterConfig, JobConfig, MonitoringConfig, RunConfig
     from rayrlhf.config.derive import Derived, DerivedOffline, RoleShare, uses_policy_as_reference
     from rayrlhf.config.dump import dump_config, to_yaml
+    from rayrlhf.config.jobs import (
+        ComparedModel,
+        CritiqueConfig,
+        CritiqueSettings,
+        GeneratorConfig,
+        JudgeConfig,
+        ModelEvaluationConfig,
+        SamplingConfig,
+        SamplingSettings,
+        ScoresConfig,
+    )
     from rayrlhf.config.load import load_config
     from rayrlhf.config.offline import (
         DPOConfig,
@@ -28,7 +39,7 @@ if TYPE_CHECKING:
         TrainingConfig,
     )
     from rayrlhf.config.plan import PlanRow, plan_rows
-    from rayrlhf.config.roots import ROOTS, AnyConfig, OfflineConfig
+    from rayrlhf.config.roots import ROOTS, AnyConfig, OfflineConfig, TrainedRoot
     from rayrlhf.config.rules import Violation, broken_rules, source_name
     from rayrlhf.config.schema import (
         Config,
@@ -36,9 +47,14 @@ if TYPE_CHECKING:
         EvaluationConfig,
         PPOConfig,
         PPOMonitoringConfig,
+        PromptsConfig,
         RewardConfig,
         RewardSource,
         RolloutConfig,
+        SamplerConfig,
+        ScorerProcesses,
+        ScoreSource,
+        ScoringConfig,
     )
     from rayrlhf.config.trainers import (
         CriticConfig,
@@ -51,12 +67,14 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "ROOTS",
     "AnyConfig",
     "CheckpointConfig",
     "ClusterConfig",
+    "ComparedModel",
     "Config",
     "CriticConfig",
+    "CritiqueConfig",
+    "CritiqueSettings",
     "DPOConfig",
     "DataConfig",
     "Derived",
@@ -64,9 +82,13 @@ __all__ = [
     "EvaluationConfig",
     "ExampleSource",
     "ExamplesConfig",
+    "GeneratorConfig",
     "GuardConfig",
+    "JobConfig",
+    "JudgeConfig",
     "LoraConfig",
     "ModelConfig",
+    "ModelEvaluationConfig",
     "MonitoringConfig",
     "OfflineConfig",
     "OptimizerConfig",
@@ -75,6 +97,8 @@ __all__ = [
     "PlanRow",
     "PolicyConfig",
     "PreferenceConfig",
+    "PromptsConfig",
+    "ROOTS",
     "ReferenceConfig",
     "RewardConfig",
     "RewardModelConfig",
@@ -85,7 +109,15 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "SFTSettings",
+    "SamplerConfig",
+    "SamplingConfig",
+    "SamplingSettings",
+    "ScoreSource",
+    "ScorerProcesses",
+    "ScoresConfig",
+    "ScoringConfig",
     "TrainedConfig",
+    "TrainedRoot",
     "TrainingConfig",
     "Violation",
     "broken_rules",
@@ -98,9 +130,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "base": ("CheckpointConfig", "ClusterConfig", "MonitoringConfig", "RunConfig"),
+    "base": ("CheckpointConfig", "ClusterConfig", "JobConfig", "MonitoringConfig", "RunConfig"),
     "derive": ("Derived", "DerivedOffline", "RoleShare", "uses_policy_as_reference"),
     "dump": ("dump_config", "to_yaml"),
+    "jobs": (
+        "ComparedModel",
+        "CritiqueConfig",
+        "CritiqueSettings",
+        "GeneratorConfig",
+        "JudgeConfig",
+        "ModelEvaluationConfig",
+        "SamplingConfig",
+        "SamplingSettings",
+        "ScoresConfig",
+    ),
     "load": ("load_config",),
     "offline": (
         "DPOConfig",
@@ -115,7 +158,7 @@ _HOMES = {
         "TrainingConfig",
     ),
     "plan": ("PlanRow", "plan_rows"),
-    "roots": ("ROOTS", "AnyConfig", "OfflineConfig"),
+    "roots": ("ROOTS", "AnyConfig", "OfflineConfig", "TrainedRoot"),
     "rules": ("Violation", "broken_rules", "source_name"),
     "trainers": (
         "CriticConfig",

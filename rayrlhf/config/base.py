@@ -9,7 +9,7 @@ from pydantic import Field
 from rayrlhf.config.health import HealthConfig
 from rayrlhf.config.trainers import Positive, Section, Text
 
-__all__ = ["CheckpointConfig", "ClusterConfig", "MonitoringConfig", "RunConfig"]
+__all__ = ["CheckpointConfig", "ClusterConfig", "JobConfig", "MonitoringConfig", "RunConfig"]
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -45,20 +45,25 @@ class ClusterConfig(Section):
     """Deadline, in seconds, of each call of a role."""
 
 
-class RunConfig(Section):
-    """What every run has. Each algorithm's own configuration adds its keys to these."""
+class JobConfig(Section):
+    """What everything has that is started with a configuration."""
 
     algorithm: str
-    """What is trained, and how."""
+    """What is done."""
     run_dir: Text
     """Folder of the run: configuration, metrics, samples, checkpoints, model. Made where it doesn't exist."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Everything random is derived from it."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Where the roles run."""
+
+
+class RunConfig(JobConfig):
+    """What everything has that trains a model. Each algorithm's own configuration adds its keys to these."""
+
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the state of the run is saved."""
     health: HealthConfig = HealthConfig()
     """When the metrics are worth a warning, and when they end the run."""
     monitoring: MonitoringConfig = MonitoringConfig()
     """What is shown and written down."""
-    cluster: ClusterConfig = ClusterConfig()
-    """Where the roles run."""

@@ -9,9 +9,11 @@ from rayrlhf.config.roots import DEFAULT, ROOTS, Root
 from rayrlhf.config.source import Node, Place, Problem
 from rayrlhf.config.wording import shown
 
-__all__ = ["ALGORITHM", "foreign", "given_root"]
+__all__ = ["ALGORITHM", "PIPELINE", "foreign", "given_root"]
 
-ALGORITHM = Literal["ppo", "sft", "reward_model", "dpo"]
+ALGORITHM = Literal["ppo", "sft", "reward_model", "dpo", "sampling", "critique", "evaluation"]
+PIPELINE = "pipeline"
+"""The algorithm of a file with stages."""
 
 
 def _listed(names: list[str], word: str) -> str:
@@ -55,6 +57,10 @@ def given_root(tree: Node, file: Place, problems: list[Problem]) -> Root | None:
         word = node.text.lower()
         meant = nearest_choice(word, ALGORITHM)
         advice = _variant(word) or meant
+        if word == PIPELINE:
+            text = f"found {PIPELINE}, whose command is rayrlhf pipeline; legal here: {legal(ALGORITHM)}"
+            problems.append(Problem(node.place, "algorithm", text))
+            return None
         advised = f"; did you mean {advice}?" if advice else ""
         problems.append(Problem(node.place, "algorithm", f"found {shown(node)}; legal: {legal(ALGORITHM)}{advised}"))
         meant = advice.split()[0] if advice else fitting[0] if len(fitting) == 1 else None
@@ -74,7 +80,7 @@ def foreign(path: tuple[str, ...], root: Root, tree: Node) -> str | None:
     names = owners(path)
     if not names:
         return None
-    own = next(name for name, other in ROOTS.items() if other is root)
+    own = next((name for name, other in ROOTS.items() if other is root), PIPELINE)
     given = "" if "algorithm" in tree.value else ", as none is named"
     several = "s" if len(names) > 1 else ""
     return f"belongs to the algorithm{several} {_listed(names, 'and')}; this file has algorithm {own}{given}"

@@ -15,6 +15,7 @@ __all__ = [
     "RoleShare",
     "derive",
     "derive_offline",
+    "guard_actions",
     "longest_of",
     "needs_reference",
     "takes",
@@ -152,6 +153,13 @@ def derive(config: Config) -> Derived:
 def needs_reference(loss: str) -> bool:
     """Whether a preference loss compares the policy with a reference."""
     return loss not in ("simpo", "orpo")
+
+
+def guard_actions(config: PreferenceConfig) -> list[str]:
+    """What is done, one after the other, when the KL bound is passed."""
+    if config.guard.actions is not None:
+        return list(config.guard.actions)
+    return ["halve_lr", *(["raise_beta"] if needs_reference(config.dpo.loss) else []), "roll_back"]
 
 
 def takes(config: OfflineConfig) -> Literal["examples", "pairs", "labelled"]:

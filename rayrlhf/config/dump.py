@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from rayrlhf.config.base import RunConfig
+from rayrlhf.config.base import JobConfig
 from rayrlhf.config.roots import keys_of
 from rayrlhf.config.trainers import Section
 from rayrlhf.errors import RunFailed
@@ -18,7 +18,7 @@ from rayrlhf.errors import RunFailed
 __all__ = ["dump_config", "scalar", "to_yaml"]
 
 
-def dump_config(config: RunConfig, path: str | Path) -> None:
+def dump_config(config: JobConfig, path: str | Path) -> None:
     """Write the configuration, defaults included, with each key's doc as a comment. Loading it gives an equal one.
 
     The file is there with all of its text or not at all.
@@ -36,7 +36,7 @@ def dump_config(config: RunConfig, path: str | Path) -> None:
         raise RunFailed(f"can't write the configuration to {target}: {error.strerror or error}") from error
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: JobConfig) -> str:
     """The configuration as commented YAML."""
     return "\n".join(_section(config, 0)).lstrip("\n") + "\n"
 

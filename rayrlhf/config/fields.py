@@ -19,6 +19,7 @@ __all__ = [
     "Field",
     "all_fields",
     "choices",
+    "element_of",
     "field_at",
     "holds_list",
     "kinds",
@@ -76,6 +77,14 @@ def section_of(annotation: Any) -> type[Section] | None:
     if _is_union(base) or get_origin(base) is list:
         return next((section for part in get_args(base) if (section := section_of(part)) is not None), None)
     return base if isinstance(base, type) and issubclass(base, Section) else None
+
+
+def element_of(annotation: Any) -> Any:
+    """What the elements of a list are, alone or in a union; None where there is no list."""
+    base, _ = _unwrap(annotation)
+    if _is_union(base):
+        return next((found for part in get_args(base) if (found := element_of(part)) is not None), None)
+    return get_args(base)[0] if get_origin(base) in (list, tuple) else None
 
 
 def holds_list(annotation: Any) -> bool:

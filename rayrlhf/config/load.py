@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path as FilePath
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from rayrlhf.config.base import JobConfig
 from rayrlhf.config.choosing import foreign, given_root
 from rayrlhf.config.dump import dump_config
-from rayrlhf.config.fields import choices, field_at, kinds, legal, nearest_keys, section_of
+from rayrlhf.config.fields import choices, element_of, field_at, kinds, legal, nearest_keys, section_of
 from rayrlhf.config.roots import ROOTS, AnyConfig, Root, keys_of
 from rayrlhf.config.rules import broken_rules
 from rayrlhf.config.source import COMMAND_LINE, Node, Place, Problem, apply_overrides, read_file
@@ -20,18 +21,30 @@ from rayrlhf.config.trainers import Section
 from rayrlhf.config.wording import NOTHING, hint, is_number, shown
 from rayrlhf.errors import InputRefused
 
-__all__ = ["dump_config", "load_config"]
+__all__ = ["PATH_KEYS", "check_tree", "dump_config", "in_order", "is_text", "load_config"]
 
 Path = tuple[str, ...]
 
-_PATH_KEYS = {
+PATH_KEYS = {
     ("run_dir",),
     ("policy", "path"),
     ("policy", "tokenizer"),
     ("policy", "chat_template"),
     ("critic", "path"),
+    ("reference",),
     ("reference", "path"),
     ("reward", "sources", "0", "model"),
+    ("reward", "gold", "model"),
+    ("scores", "reward", "model"),
+    ("scores", "safety", "model"),
+    ("scores", "helpfulness", "model"),
+    ("models", "0", "path"),
+    ("models", "0", "tokenizer"),
+    ("models", "0", "chat_template"),
+    ("judge", "prompt"),
+    ("critique", "principles"),
+    ("critique", "critique_prompt"),
+    ("critique", "revise_prompt"),
     ("data", "prompts"),
     ("data", "eval_prompts"),
     ("data", "train"),
@@ -39,6 +52,7 @@ _PATH_KEYS = {
     ("data", "validation"),
     ("data", "validation", "0", "path"),
 }
+"""Keys of files and folders, with 0 for every index."""
 
 
 def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> AnyConfig:
@@ -55,21 +69,35 @@ def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> AnyConfi
     """
     problems: list[Problem] = []
     tree = read_file(path, problems)
-    apply_overrides(tree, list(overrides), _is_text, problems)
-    root = given_root(tree, Place(str(path)), problems)
-    config = _Checker(tree, root, Place(str(path)), problems).check() if root is not None else None
+    apply_overrides(tree, list(overrides), is_text, problems)
+    config = check_tree(tree, Place(str(path)), problems)
     if config is None or problems:
-        raise InputRefused([str(problem) for problem in _in_order(problems, str(path))])
+        raise InputRefused([str(problem) for problem in in_order(problems, str(path))])
     return config
 
 
-def _in_order(problems: list[Problem], path: str) -> list[Problem]:
+def check_tree(
+    tree: Node, place: Place, problems: list[Problem], root: type[JobConfig] | None = None
+) -> AnyConfig | None:
+    """The configuration that a tree holds, as far as one can be made; what is wrong with it is added to ``problems``.
+
+    Args:
+        tree: a mapping. An illegal algorithm in it is replaced by the one that was probably meant.
+        place: where what is missing at its top level is reported.
+        problems: those of the reader; their keys begin at ``tree``.
+        root: the class of the configuration; by default that of the algorithm which the tree names.
+    """
+    found = given_root(tree, place, problems) if root is None else cast(Root, root)
+    return None if found is None else _Checker(tree, found, place, problems).check()
+
+
+def in_order(problems: list[Problem], path: str) -> list[Problem]:
     """By line of the file, then those of the command line; each once."""
     order = sorted(problems, key=lambda p: (p.place.source != path, p.place.line or 0))
     return list(dict.fromkeys(order))
 
 
-def _is_text(path: Path) -> bool:
+def is_text(path: Path) -> bool:
     """Whether a key takes nothing but a text (or null): the value of its override is then taken as it was written.
 
     Which algorithm it is isn't known yet: the key is a text wherever it is legal.
@@ -83,7 +111,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _is_path(path: Path) -> bool:
-    return tuple("0" if part.isdecimal() else part for part in path) in _PATH_KEYS
+    return tuple("0" if part.isdecimal() else part for part in path) in PATH_KEYS
 
 
 class _Checker:
@@ -283,11 +311,12 @@ class _Checker:
             self._wrong(path, self.nodes[path], field.info.annotation, field.info.metadata)
             return
         parent = field_at(path[:-1], self.root) if path else None
-        if parent is None or not get_args(parent.info.annotation):
+        element = element_of(parent.info.annotation) if parent is not None else None
+        if parent is None or element is None:
             self._report(path or ("configuration",), f"isn't legal: {message[:1].lower()}{message[1:]}", self.file)
             return
         node = self.nodes[path]
-        meant = hint(node, get_args(parent.info.annotation)[0], ".".join(path))
+        meant = hint(node, element, ".".join(path))
         self._report(path, f"found {shown(node)}; legal in {parent.key}: {parent.legal}{meant}")
         self.bad.add(path[:-1])
 

@@ -159,9 +159,10 @@ class RewardModelConfig(RunConfig):
 class GuardConfig(Section):
     max_kl: float | None = Field(default=0.1, gt=0)
     """Largest KL to the reference, in nats a response token, sampled on held-out prompts; null: no bound."""
-    actions: list[Literal["halve_lr", "raise_beta", "roll_back"]] = ["halve_lr", "raise_beta", "roll_back"]
+    actions: list[Literal["halve_lr", "raise_beta", "roll_back"]] | None = None
     """What is done, one after the other, each time a validation finds the KL above ``max_kl``: halve the learning rate,
-    raise beta by half, or go back to the last validated state within the bound. The last one is repeated."""
+    raise beta by half, or go back to the last validated state within the bound. The last one is repeated.
+    By default all three in this order, without ``raise_beta`` for losses that have no reference to pull to."""
     kl_prompts: int = Field(default=64, ge=0)
     """Held-out prompts from which the KL is sampled, with responses as ``rollout`` says. 0: it isn't, and there is no
     bound."""

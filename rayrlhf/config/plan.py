@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from rayrlhf.config.base import RunConfig
+from rayrlhf.config.base import JobConfig
 from rayrlhf.config.derive import (
     Derived,
     DerivedOffline,
@@ -13,9 +14,10 @@ from rayrlhf.config.derive import (
     takes,
     uses_policy_as_reference,
 )
+from rayrlhf.config.jobs import CritiqueConfig, ModelEvaluationConfig, SamplingConfig
 from rayrlhf.config.offline import PreferenceConfig, RewardModelConfig, SFTConfig
-from rayrlhf.config.roots import AnyConfig, OfflineConfig
-from rayrlhf.config.schema import Config
+from rayrlhf.config.roots import AnyConfig, OfflineConfig, TrainedRoot
+from rayrlhf.config.schema import Config, SamplerConfig
 
 __all__ = ["PlanRow", "plan_rows"]
 
@@ -29,7 +31,7 @@ class PlanRow(NamedTuple):
     how: str
 
 
-def plan_rows(config: RunConfig, examples: int | None = None) -> list[PlanRow]:
+def plan_rows(config: JobConfig, examples: int | None = None) -> list[PlanRow]:
     """The plan as rows of section, name, value and how the value comes about.
 
     Args:
@@ -37,6 +39,8 @@ def plan_rows(config: RunConfig, examples: int | None = None) -> list[PlanRow]:
         examples: training examples of a configuration that trains on some, once the data is read. Of no use to PPO,
             whose steps are configured.
     """
+    if isinstance(config, SamplingConfig | CritiqueConfig | ModelEvaluationConfig):
+        return _job_rows(config)
     if isinstance(config, Config):
         d = derive(config)
         return [*_batch_rows(config, d), *_role_rows(config, d), *_process_rows(config, d)]
@@ -100,13 +104,13 @@ def _role_rows(config: Config, d: Derived) -> list[PlanRow]:
     return rows
 
 
-def _budget(config: AnyConfig, role: str) -> str:
+def _budget(config: TrainedRoot, role: str) -> str:
     """The key and number of tokens in one forward of a role."""
     at = "policy" if role == "reference" and _shares_policy(config) else role
     return f"{at}.tokens_per_micro_batch {getattr(config, at).tokens_per_micro_batch:,}"
 
 
-def _shares_policy(config: AnyConfig) -> bool:
+def _shares_policy(config: TrainedRoot) -> bool:
     return config.algorithm in ("ppo", "dpo") and uses_policy_as_reference(config)
 
 
@@ -149,17 +153,48 @@ def _offline_role_rows(config: OfflineConfig, d: DerivedOffline) -> list[PlanRow
     return rows
 
 
+# -- work with finished models ----------------------------------------------------------------------------------
+
+
+def _job_rows(config: SamplingConfig | CritiqueConfig | ModelEvaluationConfig) -> list[PlanRow]:
+    rollout: SamplerConfig = config.rollout
+    prompt = config.data.max_prompt_tokens
+    lengths = f"{prompt:,} prompt + {rollout.max_response_tokens:,} response"
+    rows = [PlanRow("one response", "tokens, at most", f"{prompt + rollout.max_response_tokens:,}", lengths)]
+    if isinstance(config, SamplingConfig):
+        each, some = config.rollout.samples_per_prompt, config.sampling.prompts_at_once
+        how = f"{_count(some, 'prompt')} x {each} each"
+        rows.append(PlanRow("one round", "samples", f"{some * each:,}", how))
+    processes = {"rollout": (rollout.engines, "rollout.engines")}
+    if isinstance(config, SamplingConfig):
+        processes["reward"] = (config.reward.ranks, "reward.ranks")
+    if isinstance(config, ModelEvaluationConfig):
+        count = len(config.models)
+        rows.append(PlanRow("the run", "models", f"{count:,}", "one after the other"))
+        rows.append(PlanRow("the run", "win rates", f"{count * (count - 1) // 2:,}", "each model against each"))
+        processes["measure"] = (config.measure.ranks, "measure.ranks: the model itself, for KL and perplexity")
+        processes["reference"] = (config.measure.ranks, "measure.ranks")
+        if any((config.scores.reward, config.scores.safety, config.scores.helpfulness)):
+            processes["scores"] = (config.scores.ranks, "scores.ranks")
+    return [*rows, *_processes(config, processes)]
+
+
 # -- processes --------------------------------------------------------------------------------------------------
 
 
-def _process_rows(config: AnyConfig, d: Derived | DerivedOffline) -> list[PlanRow]:
+def _process_rows(config: TrainedRoot, d: Derived | DerivedOffline) -> list[PlanRow]:
+    keys = {role: f"{role}.{'engines' if role == 'rollout' else 'ranks'}" for role in d.processes}
+    rows = _processes(config, {role: (count, keys[role]) for role, count in d.processes.items()})
+    if _shares_policy(config) and len(rows) > 1:
+        rows.insert(1, PlanRow("processes", "reference", "0", "the policy with its LoRA adapters off"))
+    return rows
+
+
+def _processes(config: AnyConfig, processes: Mapping[str, tuple[int, str]]) -> list[PlanRow]:
+    """A row a role with processes of its own, where each has its number and key, and their sum."""
     if config.cluster.executor == "inline":
         return [PlanRow("processes", "in all", "1", "cluster.executor inline: every role in the driver's process")]
-    rows = [
-        PlanRow("processes", role, f"{count:,}", f"{role}.{'engines' if role == 'rollout' else 'ranks'}")
-        for role, count in d.processes.items()
-    ]
-    if _shares_policy(config):
-        rows.insert(1, PlanRow("processes", "reference", "0", "the policy with its LoRA adapters off"))
+    rows = [PlanRow("processes", role, f"{count:,}", key) for role, (count, key) in processes.items()]
     device = "GPUs" if config.cluster.device == "cuda" else "the CPU"
-    return [*rows, PlanRow("processes", "in all", f"{d.total_processes:,}", f"on {device}, beside the driver")]
+    total = sum(count for count, _ in processes.values())
+    return [*rows, PlanRow("processes", "in all", f"{total:,}", f"on {device}, beside the driver")]

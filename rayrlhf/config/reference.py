@@ -34,6 +34,7 @@ defaults.
 
 - `algorithm` says which keys there are. A word in italics, as in *ppo, dpo:*, names the algorithms which have a key, a
   default or a rule; without one all have it.
+- A pipeline of stages, each with one of these algorithms, has a file of its own form: [pipeline.md](pipeline.md).
 - Sizes of batches are said in prompts, examples, samples or tokens, for the whole cluster. What falls to one device is derived,
   and shown before the run.
 - Units are part of the key's name (`_s` seconds, `_gib`, `_mib`, `_tokens`, `_samples`, `_steps`); a value is a number

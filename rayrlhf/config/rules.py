@@ -9,8 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from rayrlhf.config import rules_offline, rules_ppo, rules_preference, rules_roles  # they fill RULES
-from rayrlhf.config.base import RunConfig
+from rayrlhf.config import (
+    rules_evaluation,
+    rules_jobs,
+    rules_offline,
+    rules_ppo,
+    rules_preference,
+    rules_roles,
+)  # they fill RULES
+from rayrlhf.config.base import JobConfig
 from rayrlhf.config.rulebook import RULES, Rule, Violation
 from rayrlhf.config.rules_roles import source_name
 from rayrlhf.config.trainers import Section
@@ -20,6 +27,8 @@ __all__ = [
     "Rule",
     "Violation",
     "broken_rules",
+    "rules_evaluation",
+    "rules_jobs",
     "rules_offline",
     "rules_ppo",
     "rules_preference",
@@ -65,7 +74,7 @@ def _view(value: Any, path: Path, bad: Collection[Path]) -> Any:
     return _Views(value, path, bad) if isinstance(value, list) else value
 
 
-def broken_rules(config: RunConfig, bad: Collection[Path] = ()) -> list[Violation]:
+def broken_rules(config: JobConfig, bad: Collection[Path] = ()) -> list[Violation]:
     """All violations, of the rules for its class which don't read one of the keys ``bad``."""
     view = _View(config, (), bad)
     violations: list[Violation] = []

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rayrlhf.config.derive import needs_reference
-from rayrlhf.config.offline import DPOConfig, GuardConfig, KLRolloutConfig, PreferenceConfig
+from rayrlhf.config.offline import DPOConfig, KLRolloutConfig, PreferenceConfig
 from rayrlhf.config.rulebook import Violation, rule
 from rayrlhf.config.trainers import Section
 
@@ -145,10 +145,10 @@ def _beta_pulls(config: PreferenceConfig) -> Iterator[Violation]:
         yield Violation(
             ("dpo.adaptive_beta", "dpo.loss"), f"found true, {why}; legal: false, or a loss with a reference"
         )
-    if config.guard.max_kl is not None and "raise_beta" in config.guard.actions:
+    if config.guard.max_kl is not None and "raise_beta" in list(config.guard.actions or []):
         yield Violation(
             ("guard.actions", "dpo.loss"),
-            f"found raise_beta, by default or given, {why}; legal: any of halve_lr, roll_back",
+            f"found raise_beta, {why}; legal: any of halve_lr, roll_back",
         )
 
 
@@ -244,8 +244,8 @@ def _engines_have_prompts(config: PreferenceConfig) -> Iterator[Violation]:
 @rule(of=DPO)
 def _actions_have_bound(config: PreferenceConfig) -> Iterator[Violation]:
     """`guard.actions` needs `guard.max_kl`."""
-    found, default = list(config.guard.actions), _default(GuardConfig, "actions")
-    if config.guard.max_kl is None and found not in ([], default):
+    found = list(config.guard.actions or [])
+    if config.guard.max_kl is None and found:
         yield Violation(
             ("guard.actions", "guard.max_kl"),
             f"found {found}, but without guard.max_kl nothing is ever done; legal: leave it out, or a guard.max_kl",

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from rayrlhf.config.derive import uses_policy_as_reference
+from rayrlhf.config.jobs import CritiqueConfig, ModelEvaluationConfig, SamplingConfig
 from rayrlhf.config.offline import PreferenceConfig
-from rayrlhf.config.roots import EVERY, AnyConfig
+from rayrlhf.config.roots import EVERY, JOBS, TRAINED, AnyConfig, TrainedRoot
 from rayrlhf.config.rulebook import Violation, rule
-from rayrlhf.config.schema import Config
+from rayrlhf.config.schema import Config, ScoreSource
 from rayrlhf.config.trainers import ReferenceConfig
 
 __all__ = ["source_name"]
@@ -19,9 +20,13 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _MODEL_ROLES = ("policy", "critic", "reference")
 
 
-def source_name(name: str | None, function: str | None, model: str | None) -> str:
-    """A reward source's name in the metrics: as given, or the function's name or the model's last path component."""
-    return name or (function or "").rpartition(":")[2] or (model or "").rstrip("/").rpartition("/")[2]
+def source_name(source: ScoreSource) -> str:
+    """A source's name in the metrics: as given, or the function's name, the model's last path component or the host."""
+    if source.name or source.function:
+        return source.name or (source.function or "").rpartition(":")[2]
+    if source.model:
+        return source.model.rstrip("/").rpartition("/")[2]
+    return (source.url or "").partition("://")[2].partition("/")[0].replace(":", "_")
 
 
 def _yaml(value: Any) -> str:
@@ -31,24 +36,42 @@ def _yaml(value: Any) -> str:
 # -- reward -----------------------------------------------------------------------------------------------------
 
 
-@rule(of=(Config,), sources=True)
-def _one_kind_of_source(config: Config, index: int) -> Iterator[Violation]:
-    """Each of `reward.sources` has exactly one of `function` and `model`."""
-    key, source = f"reward.sources.{index}", config.reward.sources[index]
-    if source.function is not None and source.model is not None:
+SCORING = (Config, *JOBS)
+_KINDS = ("function", "model", "url")
+
+
+@rule(of=SCORING, sources=True)
+def _one_kind_of_source(source: ScoreSource, key: str) -> Iterator[Violation]:
+    """What scores (each of `reward.sources`, `reward.gold`, `scores.reward`, `scores.safety`, `scores.helpfulness`) has
+    exactly one of `function`, `model` and `url`."""
+    given = [(kind, getattr(source, kind)) for kind in _KINDS if getattr(source, kind) is not None]
+    if not given:
+        yield Violation((key,), "found neither function nor model nor url; legal: exactly one of them")
+    if len(given) > 1:
+        found = " and ".join(f"the {kind} {value}" for kind, value in given)
+        yield Violation((key,), f"found {found}; legal: one of them (several sources add up)")
+
+
+@rule(of=SCORING, sources=True)
+def _service_settings_are_used(source: ScoreSource, key: str) -> Iterator[Violation]:
+    """`token_env`, `timeout_s` and `retries` of what scores need a `url`, which begins with http:// or https://."""
+    if source.url is not None and not source.url.startswith(("http://", "https://")):
         yield Violation(
-            (key,),
-            f"found both the function {source.function} and the model {source.model}; legal: one of them (two sources"
-            " add up)",
+            (f"{key}.url",), f"found {source.url!r}; legal: an address that begins with http:// or https://"
         )
-    if source.function is None and source.model is None:
-        yield Violation((key,), "found neither function nor model; legal: exactly one of them")
+    for name in ("token_env", "timeout_s", "retries"):
+        found, default = getattr(source, name), ScoreSource.model_fields[name].default
+        if source.url is None and found != default:
+            yield Violation(
+                (f"{key}.{name}", f"{key}.url"),
+                f"found {found!r}, which is for a service, and there is no url; legal: leave it out, or a url",
+            )
 
 
-@rule(of=(Config,), sources=True)
-def _function_is_import_path(config: Config, index: int) -> Iterator[Violation]:
-    """`function` of a reward source is `package.module:function`."""
-    found = config.reward.sources[index].function
+@rule(of=SCORING, sources=True)
+def _function_is_import_path(source: ScoreSource, key: str) -> Iterator[Violation]:
+    """`function` of what scores is `package.module:function`."""
+    found = source.function
     if found is None:
         return
     module, colon, function = found.partition(":")
@@ -58,17 +81,17 @@ def _function_is_import_path(config: Config, index: int) -> Iterator[Violation]:
     guess = f"{module.removesuffix('.py').strip('./').replace('/', '.')}:{function}"
     fits = all(part.isidentifier() for part in [*guess.partition(":")[0].split("."), function]) and function != "py"
     yield Violation(
-        (f"reward.sources.{index}.function",),
+        (f"{key}.function",),
         f"found {found!r}; legal: package.module:function" + (f", so {guess}" if fits else ", as in my_rewards:score"),
     )
 
 
-@rule(of=(Config,))
-def _unique_sources(config: Config) -> Iterator[Violation]:
-    """The names of `reward.sources` differ: they are names of metrics."""
+@rule(of=(Config, SamplingConfig))
+def _unique_sources(config: Config | SamplingConfig) -> Iterator[Violation]:
+    """The names of `reward.sources` differ, and none is `gold` where there is a `reward.gold`: they are names of metrics."""
     first: dict[str, int] = {}
     for index, source in enumerate(config.reward.sources):
-        name = source_name(source.name, source.function, source.model)
+        name = source_name(source)
         if name and name in first:
             yield Violation(
                 (f"reward.sources.{index}.name", f"reward.sources.{index}.function", f"reward.sources.{index}.model"),
@@ -77,6 +100,11 @@ def _unique_sources(config: Config) -> Iterator[Violation]:
                 f" of its own, {name}_{index}, say",
             )
         first.setdefault(name, index)
+        if name == "gold" and getattr(config.reward, "gold", None) is not None:
+            yield Violation(
+                (f"reward.sources.{index}.name", f"reward.sources.{index}.function", f"reward.sources.{index}.model"),
+                "found 'gold', which is the name of reward.gold in the metrics; legal: another name",
+            )
 
 
 @rule(of=(Config,))
@@ -105,8 +133,8 @@ def _length_penalty_applies(config: Config) -> Iterator[Violation]:
 # -- models -----------------------------------------------------------------------------------------------------
 
 
-@rule(*_MODEL_ROLES, of=EVERY)
-def _flash_attention_runs(config: AnyConfig, role: str) -> Iterator[Violation]:
+@rule(*_MODEL_ROLES, of=TRAINED)
+def _flash_attention_runs(config: TrainedRoot, role: str) -> Iterator[Violation]:
     """`attention: flash_attention_2` needs `dtype: bfloat16` and `cluster.device: cuda`."""
     section = getattr(config, role)
     if section is None or section.attention != "flash_attention_2":
@@ -120,8 +148,8 @@ def _flash_attention_runs(config: AnyConfig, role: str) -> Iterator[Violation]:
         )
 
 
-@rule(*_MODEL_ROLES, of=EVERY)
-def _packing_has_boundaries(config: AnyConfig, role: str) -> Iterator[Violation]:
+@rule(*_MODEL_ROLES, of=TRAINED)
+def _packing_has_boundaries(config: TrainedRoot, role: str) -> Iterator[Violation]:
     """`packing: true` needs the attention `sdpa` or `flash_attention_2`."""
     section = getattr(config, role)
     if section is not None and section.packing and section.attention == "eager":
@@ -147,7 +175,7 @@ def _shared_reference_has_policy_settings(config: Config | PreferenceConfig) -> 
             )
 
 
-@rule(*_MODEL_ROLES, of=EVERY)
+@rule(*_MODEL_ROLES, of=(*TRAINED, SamplingConfig, CritiqueConfig))
 def _path_is_model(config: AnyConfig, role: str) -> Iterator[Violation]:
     """`path` of a model is a folder, a name or a .gguf file, not another weight file."""
     section = getattr(config, role)
@@ -161,8 +189,8 @@ def _path_is_model(config: AnyConfig, role: str) -> Iterator[Violation]:
         )
 
 
-@rule("policy", "critic", of=EVERY)
-def _lr_falls(config: AnyConfig, role: str) -> Iterator[Violation]:
+@rule("policy", "critic", of=TRAINED)
+def _lr_falls(config: TrainedRoot, role: str) -> Iterator[Violation]:
     """`optimizer.min_lr_ratio` above 0 needs the schedule `linear` or `cosine`."""
     section = getattr(config, role)
     if section is not None and section.optimizer.schedule == "constant" and section.optimizer.min_lr_ratio > 0:
@@ -177,8 +205,8 @@ def _lr_falls(config: AnyConfig, role: str) -> Iterator[Violation]:
 # -- data and evaluation ----------------------------------------------------------------------------------------
 
 
-@rule(of=EVERY)
-def _template_for_system_prompt(config: AnyConfig) -> Iterator[Violation]:
+@rule(of=(*TRAINED, SamplingConfig, CritiqueConfig))
+def _template_for_system_prompt(config: TrainedRoot | SamplingConfig | CritiqueConfig) -> Iterator[Violation]:
     """`data.system_prompt` and `policy.chat_template` need `data.chat_template` `auto` or `always`."""
     if config.data.chat_template != "never":
         return
@@ -195,10 +223,12 @@ def _template_for_system_prompt(config: AnyConfig) -> Iterator[Violation]:
             )
 
 
-@rule(of=(Config,))
-def _files_have_no_splits(config: Config) -> Iterator[Violation]:
+@rule(of=(Config, *JOBS))
+def _files_have_no_splits(
+    config: Config | SamplingConfig | CritiqueConfig | ModelEvaluationConfig,
+) -> Iterator[Violation]:
     """`data.split` and `data.subset` are for Hugging Face datasets: files have neither."""
-    paths = [path for path in (config.data.prompts, config.data.eval_prompts) if path is not None]
+    paths = [path for path in (config.data.prompts, getattr(config.data, "eval_prompts", None)) if path is not None]
     if not all(path.endswith(DATA_FILES) for path in paths):
         return
     if config.data.split != "train":
@@ -248,12 +278,12 @@ def _evaluation_has_prompts(config: Config) -> Iterator[Violation]:
 # -- where it runs ----------------------------------------------------------------------------------------------
 
 
-@rule("policy", "critic", "reference", "reward", "rollout", of=EVERY)
+@rule("policy", "critic", "reference", "reward", "rollout", "scores", "measure", of=EVERY)
 def _inline_is_one_process(config: AnyConfig, role: str) -> Iterator[Violation]:
     """`cluster.executor: inline` needs all `ranks` and `rollout.engines` to be 1."""
     section = getattr(config, role)
     name = "engines" if role == "rollout" else "ranks"
-    if config.cluster.executor == "inline" and section is not None and getattr(section, name) > 1:
+    if config.cluster.executor == "inline" and section is not None and getattr(section, name, 1) > 1:
         yield Violation(
             (f"{role}.{name}", "cluster.executor"),
             f"found {getattr(section, name)}, but cluster.executor inline runs every role in the driver's one process;"
@@ -274,7 +304,7 @@ def _inline_has_no_ray(config: AnyConfig) -> Iterator[Violation]:
 
 
 @rule(of=(Config, PreferenceConfig))
-def _inline_shares_memory(config: Config | PreferenceConfig | PreferenceConfig) -> Iterator[Violation]:
+def _inline_shares_memory(config: Config | PreferenceConfig) -> Iterator[Violation]:
     """`rollout.weight_transport: object_store` needs `cluster.executor: ray`."""
     if config.cluster.executor == "inline" and config.rollout.weight_transport == "object_store":
         yield Violation(
@@ -284,8 +314,8 @@ def _inline_shares_memory(config: Config | PreferenceConfig | PreferenceConfig) 
         )
 
 
-@rule(of=(Config, PreferenceConfig))
-def _cache_is_vllms(config: Config | PreferenceConfig) -> Iterator[Violation]:
+@rule(of=(Config, PreferenceConfig, *JOBS))
+def _cache_is_vllms(config: Any) -> Iterator[Violation]:
     """`rollout.kv_cache_gib` needs `rollout.engine: vllm`."""
     if config.rollout.engine != "vllm" and config.rollout.kv_cache_gib is not None:
         yield Violation(
@@ -296,8 +326,8 @@ def _cache_is_vllms(config: Config | PreferenceConfig) -> Iterator[Violation]:
         )
 
 
-@rule(of=EVERY)
-def _stopping_rules_apply(config: AnyConfig) -> Iterator[Violation]:
+@rule(of=TRAINED)
+def _stopping_rules_apply(config: TrainedRoot) -> Iterator[Violation]:
     """No rule stands in both `health.ignore` and `health.stop_on`."""
     both = [name for name in config.health.stop_on if name in list(config.health.ignore)]
     if both:

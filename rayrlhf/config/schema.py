@@ -19,23 +19,26 @@ __all__ = [
     "EvaluationConfig",
     "PPOConfig",
     "PPOMonitoringConfig",
+    "PromptsConfig",
     "RewardConfig",
     "RewardSource",
     "RolloutConfig",
+    "SamplerConfig",
+    "ScoreSource",
+    "ScorerProcesses",
+    "ScoringConfig",
 ]
 
 
-class DataConfig(Section):
+class PromptsConfig(Section):
     prompts: Text
-    """Training prompts: a .jsonl, .json, .parquet or .csv file, or the name of a Hugging Face dataset."""
+    """Prompts: a .jsonl, .json, .parquet or .csv file, or the name of a Hugging Face dataset."""
     split: Text = "train"
     """Split of a Hugging Face dataset. Files have no splits."""
     subset: Text | None = None
     """Configuration name of a Hugging Face dataset that has several."""
     prompt_column: Text = "prompt"
     """Column with the prompt: a string, or a list of messages ``{role, content}``."""
-    completion_column: Text | None = None
-    """Column with a known good continuation, used only for the held-out NLL of evaluations."""
     chat_template: Literal["auto", "always", "never"] = "auto"
     """When the model's chat template is applied. ``auto``: to prompts that are lists of messages. ``always``: a plain
     string becomes one user message. ``never``: plain strings only."""
@@ -45,32 +48,72 @@ class DataConfig(Section):
     """Longest prompt, in tokens, with the chat template."""
     overlong_prompts: Literal["drop", "truncate_left", "refuse"] = "drop"
     """What happens to longer prompts: dropped, cut at their beginning, or the run is refused. The counts are shown."""
-    shuffle: bool = True
-    """New order of the prompts in each epoch, from the run's seed."""
     limit: Positive | None = None
     """Use only the first so many prompts of the file."""
+
+
+class DataConfig(PromptsConfig):
+    completion_column: Text | None = None
+    """Column with a known good continuation, used only for the held-out NLL of evaluations."""
+    shuffle: bool = True
+    """New order of the prompts in each epoch, from the run's seed."""
     eval_prompts: Text | None = None
     """Held-out prompts for evaluation: a file or dataset name as in ``prompts``. Without it they are taken out of
     ``prompts``."""
 
 
-class RewardSource(Section):
-    """One source of reward. Exactly one of ``function`` and ``model`` is given."""
+class ScoreSource(Section):
+    """What scores a response. Exactly one of ``function``, ``model`` and ``url`` is given."""
 
     name: Text | None = None
-    """Name in the metrics; by default the function's name or the model's last path component."""
+    """Name in the metrics; by default the function's name, the model's last path component, or the service's host."""
     function: Text | None = None
     """Import path ``package.module:function``. Called with ``prompts`` and ``responses`` (lists of strings) and, where
     its signature names them, further columns of the data; returns one number for each response."""
     model: Text | None = None
     """Sequence-classification model with one label: a folder or a Hugging Face name."""
+    url: Text | None = None
+    """Address of a service, as ``rayrlhf serve-reward`` is one: ``POST URL/score`` with ``prompts`` and ``responses``
+    answers ``scores``."""
+    token_env: Text | None = None
+    """Environment variable with the token that the service of ``url`` wants; null: no token is sent."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Deadline, in seconds, of one attempt to reach ``url``."""
+    retries: int = Field(default=4, ge=0)
+    """Further attempts after a failed one, with pauses of 0.5, 1, 2, ... s in between."""
+
+
+class RewardSource(ScoreSource):
+    """One source of reward. Exactly one of ``function``, ``model`` and ``url`` is given."""
+
     weight: float = 1.0
     """Factor in the weighted sum of all sources."""
 
 
-class RewardConfig(Section):
+class ScorerProcesses(Section):
+    """Where and how scores are computed."""
+
+    ranks: Positive = 1
+    """Processes (GPUs) over which the scoring is spread."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of reward models."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of reward models."""
+    tokens_per_micro_batch: Positive = 16384
+    """Tokens that a reward model sees in one forward, on one device."""
+    trust_remote_code: bool = False
+    """Run code that comes with a reward model."""
+
+
+class ScoringConfig(ScorerProcesses):
     sources: list[RewardSource] = Field(min_length=1)
     """What is added up to the score of a response."""
+
+
+class RewardConfig(ScoringConfig):
+    gold: ScoreSource | None = None
+    """A held-out score that is never trained on, only watched beside the reward: metric ``gold/mean``, and an analysis of
+    reward hacking in the report."""
     normalize: bool = False
     """Subtract the running mean of all scores so far and divide by their running deviation."""
     clip: float | None = Field(default=None, gt=0)
@@ -81,21 +124,15 @@ class RewardConfig(Section):
     """Response tokens that cost nothing."""
     missing_eos_penalty: float = Field(default=0.0, ge=0)
     """Subtracted, after the clipping, from a response that was cut by the length limit."""
-    ranks: Positive = 1
-    """Processes (GPUs) over which the scoring is spread."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type of reward models."""
-    tokens_per_micro_batch: Positive = 16384
-    """Tokens that a reward model sees in one forward, on one device."""
 
 
-class RolloutConfig(Section):
+class SamplerConfig(Section):
+    """What generates responses, with weights that don't change."""
+
     engine: Literal["vllm", "transformers"] = "vllm"
     """What generates. ``transformers`` is slow, and needs no vLLM."""
     engines: Positive = 1
     """Number of engines; prompts are dealt out to them by token count."""
-    samples_per_prompt: Positive = 1
-    """Responses that are sampled for each prompt."""
     max_response_tokens: Positive = 256
     """Longest response, in tokens, EOS included."""
     temperature: float = Field(default=1.0, gt=0)
@@ -119,6 +156,11 @@ class RolloutConfig(Section):
     """Do without CUDA graphs. Always so on a CPU."""
     chunk_samples: Positive = 16
     """Finished samples that an engine hands over at once: scoring starts with the first chunk."""
+
+
+class RolloutConfig(SamplerConfig):
+    samples_per_prompt: Positive = 1
+    """Responses that are sampled for each prompt."""
     weight_transport: Literal["auto", "shared_memory", "object_store"] = "auto"
     """How new weights reach the engines: through /dev/shm (one machine), or Ray's object store (any number). ``auto``
     takes shared memory where all roles are on one machine."""

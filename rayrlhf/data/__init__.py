@@ -8,7 +8,7 @@ from rayrlhf.data.check import check_file
 from rayrlhf.data.cleaning import Cleaned, fix
 from rayrlhf.data.examples import Example, ExampleData, Pair, load_examples, load_labelled, load_pairs
 from rayrlhf.data.findings import CheckReport, Finding
-from rayrlhf.data.prompts import Prompt, PromptData, load_prompts
+from rayrlhf.data.prompts import Prompt, PromptData, load_all_prompts, load_prompts
 from rayrlhf.data.report import ExampleReport, LengthReport, PromptReport, SourceReport
 from rayrlhf.data.sampler import PromptSampler
 
@@ -30,6 +30,7 @@ __all__ = [
     "example_batch",
     "fix",
     "labelled_batch",
+    "load_all_prompts",
     "load_examples",
     "load_labelled",
     "load_pairs",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rayrlhf.config.offline import ExamplesConfig
-from rayrlhf.config.schema import DataConfig
+from rayrlhf.config.schema import PromptsConfig
 from rayrlhf.data.conversation import Identity, Message, as_messages, identity, prompt_problem, text_problem
 from rayrlhf.data.report import SourceReport
 from rayrlhf.data.source import Row, Source, complete_rows
@@ -32,7 +32,7 @@ class Candidate:
 
 
 def prepare(
-    source: Source, data: DataConfig, completion_column: str | None, encoder: PromptTokenizer
+    source: Source, data: PromptsConfig, completion_column: str | None, encoder: PromptTokenizer
 ) -> tuple[list[Candidate], SourceReport | None]:
     """The usable prompts of a source, and the report on it; what is wrong goes to the source's problems."""
     keys = {data.prompt_column: "data.prompt_column"}
@@ -50,7 +50,7 @@ def prepare(
     return _fit(source, candidates, data, encoder)
 
 
-def _check(source: Source, row: Row, data: DataConfig, completion_column: str | None) -> Candidate | None:
+def _check(source: Source, row: Row, data: PromptsConfig, completion_column: str | None) -> Candidate | None:
     prompt = row.values[data.prompt_column]
     problems = [prompt_problem(prompt, data.chat_template)]
     if completion_column:
@@ -70,7 +70,9 @@ def _check(source: Source, row: Row, data: DataConfig, completion_column: str | 
     )
 
 
-def write(source: Source, candidates: list[C], data: DataConfig | ExamplesConfig, encoder: PromptTokenizer) -> list[C]:
+def write(
+    source: Source, candidates: list[C], data: PromptsConfig | ExamplesConfig, encoder: PromptTokenizer
+) -> list[C]:
     """Apply the chat template; those that it can't be applied to are problems."""
     conversations = [candidate for candidate in candidates if candidate.messages is not None]
     if conversations and not encoder.has_template:
@@ -99,7 +101,7 @@ def write(source: Source, candidates: list[C], data: DataConfig | ExamplesConfig
 
 
 def _check_system_prompt(
-    source: Source, conversations: Sequence[Candidate], data: DataConfig | ExamplesConfig, encoder: PromptTokenizer
+    source: Source, conversations: Sequence[Candidate], data: PromptsConfig | ExamplesConfig, encoder: PromptTokenizer
 ) -> None:
     """A template may leave system messages out in silence: then the configured one would do nothing."""
     if not data.system_prompt:
@@ -116,7 +118,7 @@ def _check_system_prompt(
         return
 
 
-def unused_system_prompt(data: DataConfig | ExamplesConfig, candidates: Sequence[Candidate]) -> list[str]:
+def unused_system_prompt(data: PromptsConfig | ExamplesConfig, candidates: Sequence[Candidate]) -> list[str]:
     """The problem that there is where a configured system prompt goes nowhere."""
     if data.system_prompt is None or any(candidate.messages is not None for candidate in candidates):
         return []
@@ -138,7 +140,7 @@ def encode(source: Source, candidates: Sequence[Candidate], encoder: PromptToken
 
 
 def _fit(
-    source: Source, candidates: list[Candidate], data: DataConfig, encoder: PromptTokenizer
+    source: Source, candidates: list[Candidate], data: PromptsConfig, encoder: PromptTokenizer
 ) -> tuple[list[Candidate], SourceReport]:
     """Apply the rule for overlong prompts."""
     most = data.max_prompt_tokens

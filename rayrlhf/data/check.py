@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.offline import ExamplesConfig, ExampleSource
-from rayrlhf.config.schema import DataConfig
+from rayrlhf.config.schema import PromptsConfig
 from rayrlhf.data.candidates import unused_system_prompt
 from rayrlhf.data.check_content import balance, characters, duplicates, leaks, repeats, role_order
 from rayrlhf.data.check_order import suspicions
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["check_file"]
 
-Score = Callable[[list[str], list[str]], Sequence[float]]
+Score = Callable[[list[Any], list[str]], Sequence[float]]
 
 
 def check_file(
-    data: str | Path | ExamplesConfig | DataConfig,
+    data: str | Path | ExamplesConfig | PromptsConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     score: Score | None = None,
     kind: Kind | None = None,
@@ -42,8 +42,8 @@ def check_file(
     Args:
         data: a file, the name of a dataset, or a configuration's section ``data``.
         tokenizer: the model's; without it nothing is said of lengths, templates and EOS.
-        score: a reward model, from prompts and responses to numbers; without it, chosen and rejected are compared by
-            their looks.
+        score: a reward model, from prompts (texts, or lists of messages) and responses to numbers; without it, chosen
+            and rejected are compared by their looks.
         kind: what the rows are meant to be: "examples", "pairs", "labelled" or "prompts"; by default what each
             file's columns say.
 
@@ -51,7 +51,7 @@ def check_file(
         InputRefused: ``score`` gives something else than one finite number for each response.
     """
     config = _as_examples(data)
-    if isinstance(data, DataConfig):
+    if isinstance(data, PromptsConfig):
         kind = "prompts"
     findings = [Finding("error", "data", "configuration", text) for text in general_problems(config)]
     files = [_read(entry, config, kind) for entry in entries(config)]
@@ -77,15 +77,15 @@ def check_file(
     return CheckReport(_in_order(findings, files), files)
 
 
-def _as_examples(data: str | Path | ExamplesConfig | DataConfig) -> ExamplesConfig:
+def _as_examples(data: str | Path | ExamplesConfig | PromptsConfig) -> ExamplesConfig:
     """Any kind of data in the words of the section for examples."""
     if isinstance(data, ExamplesConfig):
         return data
-    if not isinstance(data, DataConfig):
+    if not isinstance(data, PromptsConfig):
         return ExamplesConfig(train=str(data))
     sources = [
         [ExampleSource(path=name, split=data.split, subset=data.subset, prompt_column=data.prompt_column)]
-        for name in (data.prompts, data.eval_prompts)
+        for name in (data.prompts, getattr(data, "eval_prompts", None))
         if name is not None
     ]
     return ExamplesConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +18,14 @@ _RATIO = 3
 _LEAST_DIFFERENCE = 20
 """Characters by which the longer response must be longer: of short ones the ratio says nothing."""
 _LEAST_WORDS = 10
+_LEAST_LEAD = 0.5
+"""Of the median distance of two scores."""
 
 
-def suspicions(file: CheckedFile, score: Callable[[list[str], list[str]], Sequence[float]] | None) -> Iterator[Finding]:
+def suspicions(file: CheckedFile, score: Callable[[list[Any], list[str]], Sequence[float]] | None) -> Iterator[Finding]:
     """Pairs whose rejected response is the better one by a reward model, or without one by its looks.
 
-    A reward model has to see the rejected one ahead by at least the median distance of the file's pairs: of pairs that
+    A reward model has to see the rejected one ahead by at least half the median distance of the file's pairs: of pairs that
     lie close together it orders many wrongly.
     """
     records = file.records if file.kind == "pairs" else []
@@ -38,15 +41,16 @@ def suspicions(file: CheckedFile, score: Callable[[list[str], list[str]], Sequen
     chosen, rejected = (_scores(score, records, which) for which in (0, 1))
     typical = median(abs(one - other) for one, other in zip(chosen, rejected, strict=True))
     for record, better, worse in zip(records, chosen, rejected, strict=True):
-        if worse > better and worse - better >= typical:
+        if worse > better and worse - better >= _LEAST_LEAD * typical:
             text = f"suspicion: chosen and rejected may be swapped: the reward model gives {better:.3g} and {worse:.3g}"
             yield file.warning(record.number, "swapped", text)
 
 
 def _scores(
-    score: Callable[[list[str], list[str]], Sequence[float]], records: Sequence[Record], which: int
+    score: Callable[[list[Any], list[str]], Sequence[float]], records: Sequence[Record], which: int
 ) -> list[float]:
-    given = score([record.text for record in records], [record.responses[which] for record in records])
+    asked = [record.text if record.messages is None else record.messages for record in records]
+    given = score(asked, [record.responses[which] for record in records])
     scores = [float(value) for value in given]
     if len(scores) != len(records) or not np.isfinite(scores).all():
         raise InputRefused(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayrlhf.config.schema import DataConfig
+from rayrlhf.config.schema import DataConfig, PromptsConfig
 from rayrlhf.data.candidates import Candidate, prepare, unused_system_prompt
 from rayrlhf.data.reading import check_kinds, read_source
 from rayrlhf.data.report import PromptReport
@@ -27,7 +27,7 @@ from rayrlhf.errors import InputRefused
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Prompt", "PromptData", "load_prompts"]
+__all__ = ["Prompt", "PromptData", "load_all_prompts", "load_prompts"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,35 @@ def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: 
         tests,
         PromptReport(tuple(report for _, report in prepared if report), len(train), len(tests), duplicates),
     )
+
+
+def load_all_prompts(
+    data: PromptsConfig, tokenizer: PreTrainedTokenizerBase, *, completion_column: str | None = None
+) -> tuple[list[Prompt], list[str]]:
+    """Load every usable prompt of ``data.prompts``, in its order, with no split.
+
+    Args:
+        completion_column: column with a known continuation, whose tokens each prompt gets.
+
+    Returns:
+        The prompts, and lines about them for the user.
+
+    Raises:
+        InputRefused: with all problems, each with its file, its line (or row) and what was found there.
+    """
+    if completion_column == data.prompt_column:
+        raise InputRefused(f"data.prompt_column and data.completion_column are both {data.prompt_column!r}")
+    place = Place("data.prompts", data.prompts, data.split, data.subset, data.limit)
+    source = read_source(place, [data.prompt_column, *([completion_column] if completion_column else [])])
+    encoder = PromptTokenizer(tokenizer)
+    candidates, report = prepare(source, data, completion_column, encoder)
+    general = check_kinds("data", data.split, data.subset, [data.prompts])
+    if not general and not source.problems:
+        general += unused_system_prompt(data, candidates)
+    raise_problems([source], general)
+    prompts = [_prompt(i, c, source, encoder, completion_column) for i, c in enumerate(candidates)]
+    raise_problems([source])
+    return prompts, [report.line()] if report is not None else []
 
 
 def _split(

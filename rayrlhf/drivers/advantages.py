@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from rayrlhf.batch import Batch
 from rayrlhf.config import Config
 from rayrlhf.errors import RunFailed
 
-__all__ = ["add_advantages", "next_kl_coef", "rollout_metrics", "scores_to_learn_from", "sequence_kl"]
+__all__ = ["add_advantages", "next_kl_coef", "rollout_metrics", "scores_to_learn_from", "sequence_kl", "variety"]
 
 
 def sequence_kl(batch: Batch) -> Tensor:
@@ -116,6 +117,30 @@ def add_advantages(config: Config, batch: Batch, kl_coef: float, moments: Runnin
     return batch.with_columns(columns)
 
 
+def variety(batch: Batch) -> dict[str, float]:
+    """How much the responses of a batch differ, on their tokens, EOS included.
+
+    Returns:
+        ``distinct_2``, different bigrams over all bigrams, those of all responses together (Li et al. 2016, section 5.1), 0
+        where there are none; ``repeated_fraction``, the share of responses that are equal to another one, to whichever prompt.
+    """
+    tokens, sample = batch["tokens"], torch.repeat_interleave(torch.arange(len(batch)), batch.lengths)
+    place = torch.arange(batch.num_tokens) - batch.offsets[sample]
+    response = place >= batch["prompt_length"][sample]
+    both = response[:-1] & (sample[:-1] == sample[1:])
+    first, second = tokens[:-1][both], tokens[1:][both]
+    size = int(tokens.max()) + 1 if batch.num_tokens else 1
+    responses = [
+        tuple(tokens[start + prompt : end].tolist())
+        for (start, end), prompt in zip(batch.spans(), batch["prompt_length"].tolist(), strict=True)
+    ]
+    counts = Counter(responses)
+    return {
+        "distinct_2": len(torch.unique(first * size + second)) / len(first) if len(first) else 0.0,
+        "repeated_fraction": sum(counts[r] > 1 for r in responses) / max(1, len(responses)),
+    }
+
+
 def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
     """What a step's samples look like, before the update.
 
@@ -139,7 +164,12 @@ def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
         "tokens": float(batch.num_tokens),
         "response_tokens": float(mask.sum()),
     }
-    metrics |= {f"{name}/mean": float(batch[name].mean()) for name in batch.keys() if name.startswith("score/")}
+    metrics |= variety(batch)
+    metrics |= {
+        f"{name}/mean": float(batch[name].mean())
+        for name in batch.keys()
+        if name.startswith("score/") or name == "gold"
+    }
     mismatch = rollout_mismatch(batch["old_logprobs"], batch["rollout_logprobs"], mask)
     metrics |= {f"rollout_mismatch/{name}": float(value) for name, value in mismatch.items()}
     if "reference_logprobs" in batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -13,12 +14,15 @@ from rich.console import Console
 from rayrlhf.checkpoint import Checkpoint, CheckpointStore
 from rayrlhf.cluster import Group, RoleSpec, start_groups
 from rayrlhf.config import dump_config
-from rayrlhf.config.base import RunConfig
+from rayrlhf.config.base import JobConfig, RunConfig
 from rayrlhf.drivers.watch import HealthWatch
 from rayrlhf.errors import RunFailed
+from rayrlhf.evaluation.report import write_report
 from rayrlhf.monitoring import MetricWriter, Progress, close_log, read_rows, setup_log
 
 __all__ = ["BaseRun", "DriverState", "Opening", "opened", "started"]
+
+logger = logging.getLogger(__name__)
 
 
 class DriverState(Protocol):
@@ -40,6 +44,7 @@ class BaseRun:
         state: what a checkpoint keeps of the driver.
         progress: what the terminal shows.
         folder: the run's folder.
+        report: ``report.html`` in it, once the run has ended and it was written.
     """
 
     timings: ClassVar[Mapping[str, Sequence[tuple[str, str]]]]
@@ -54,6 +59,7 @@ class BaseRun:
         config, resume_step = opening.config, opening.resume_step
         self.config, self.groups, self.state, self.progress = config, groups, state, opening.progress
         self.folder = Path(config.run_dir)
+        self.report: Path | None = None
         self.total_steps = total_steps
         self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep)
         self._trainers_hold_whole_step = True
@@ -172,19 +178,26 @@ class BaseRun:
         """Around the loop: after a failure outside an update the trainers hold a whole step, which is saved."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            logger.error("the run ends with %s: %s", type(error).__name__, error)
             if self._trainers_hold_whole_step and self.state.step not in (0, self._saved_step):
                 try:
                     self.save_checkpoint()
-                except RunFailed as error:
-                    lost = f"what was trained since the last checkpoint could not be saved: {error}"
+                except RunFailed as why:
+                    lost = f"what was trained since the last checkpoint could not be saved: {why}"
                     self.progress.note(lost, warning=True)
             raise
 
     def close(self, failed: bool) -> None:
-        """Close the files."""
+        """Close the files, and write ``report.html`` from them, however the run ended."""
         self.metrics.close(failed=failed)
         self.health.close()
+        try:
+            self.report = write_report([self.folder], self.folder / "report.html")
+        except Exception as error:  # the run is what it is, with a report or without
+            self.progress.note(f"no report.html: {type(error).__name__}: {error}", warning=True)
+        else:
+            self.progress.note(f"report: {self.report}")
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -220,7 +233,7 @@ class Opening:
             store = CheckpointStore(Path(config.run_dir) / "checkpoints", config.checkpoint.keep)
             self.checkpoint, self.passed_over = store.latest()
         # Without a checkpoint, a resumed run begins again: what it had written belongs to steps that are done anew.
-        self.resume_step = (1 if self.checkpoint is None else self.checkpoint.step + 1) if resume else None
+        self.resume_step = (0 if self.checkpoint is None else self.checkpoint.step + 1) if resume else None
         self.past = [
             row for row in read_rows(Path(config.run_dir) / "metrics.jsonl") if row["step"] < (self.resume_step or 0)
         ]
@@ -259,7 +272,7 @@ def opened(
 
 
 @contextmanager
-def started(config: RunConfig, specs: Sequence[RoleSpec]) -> Iterator[Mapping[str, Group]]:
+def started(config: JobConfig, specs: Sequence[RoleSpec]) -> Iterator[Mapping[str, Group]]:
     """All roles, on Ray or in this process, until the end."""
     with ExitStack() as stack:
         if config.cluster.executor == "ray":

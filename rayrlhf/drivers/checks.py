@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from transformers import PretrainedConfig
 
 from rayrlhf.config import load_config
-from rayrlhf.config.base import RunConfig
-from rayrlhf.config.schema import RolloutConfig
+from rayrlhf.config.base import JobConfig, RunConfig
+from rayrlhf.config.schema import SamplerConfig
 from rayrlhf.errors import InputRefused
 
 __all__ = ["Problems", "check_length", "check_packages", "check_run_dir", "check_vocabulary", "vocabulary"]
@@ -48,14 +48,13 @@ RESUME_MAY_CHANGE = (
 """Sections and keys that a resumed run may have different: they don't change what the past steps did."""
 
 
-def check_run_dir(config: RunConfig, resume: bool) -> None:
+def check_run_dir(config: JobConfig, resume: bool) -> None:
     folder = Path(config.run_dir)
     stored = folder / "config.yaml"
     if not resume:
         if stored.exists() or (folder / "metrics.jsonl").exists():
-            raise InputRefused(
-                f"run_dir: {folder} holds a run already; go on with it (--resume), or choose another run_dir"
-            )
+            how = "go on with it (--resume), or choose" if isinstance(config, RunConfig) else "choose"
+            raise InputRefused(f"run_dir: {folder} holds a run already; {how} another run_dir")
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise InputRefused(f"run_dir: {folder} can't be made: {existing} is no folder that can be written")
@@ -82,7 +81,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-def check_packages(config: RunConfig, rollout: RolloutConfig | None) -> None:
+def check_packages(config: JobConfig, rollout: SamplerConfig | None) -> None:
     """Refuse what needs a package that isn't installed. Imports nothing."""
     if rollout is not None and rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputRefused(

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from rayrlhf.batch import Batch
+from rayrlhf.cluster import Pending, RoleFailed
 from rayrlhf.data import Prompt
+from rayrlhf.errors import RunFailed
+from rayrlhf.monitoring.jsonl import JsonlFile
 
 if TYPE_CHECKING:
     from rayrlhf.drivers.run import Run
 
-__all__ = ["collect", "deal", "prompt_batch"]
+__all__ = ["UNSCORED", "collect", "deal", "prompt_batch"]
+
+UNSCORED = "unscored.jsonl"
+"""In a run's folder: samples of the step that was under way when the reward failed. A line: step, prompt, response, cause."""
 
 
 def prompt_batch(prompts: Sequence[Prompt], samples_per_prompt: int, seed: Sequence[int]) -> Batch:
@@ -27,7 +34,8 @@ def prompt_batch(prompts: Sequence[Prompt], samples_per_prompt: int, seed: Seque
 
     Returns:
         S = len(prompts) * n samples with the columns tokens, prompt_id, sample_index, position, seed, prompt_length,
-        prompt_text and row. A sample's seed is a hash of ``seed``, its prompt's place and its index.
+        prompt_text, messages (None for a plain prompt) and row. A sample's seed is a hash of ``seed``, its prompt's place and
+        its index.
     """
     n = samples_per_prompt
     seeds = [
@@ -44,6 +52,7 @@ def prompt_batch(prompts: Sequence[Prompt], samples_per_prompt: int, seed: Seque
             "position": torch.arange(len(repeated)),
             "seed": torch.tensor(seeds, dtype=torch.int64),
             "prompt_text": [p.text for p in repeated],
+            "messages": [p.messages for p in repeated],
             "row": [p.row for p in repeated],
         },
     )
@@ -75,19 +84,68 @@ def collect(run: Run, prompts: Batch) -> Batch:
 
     Returns:
         The samples in the order of ``prompts``, with the columns of a rollout (tokens, response_mask, rollout_logprobs,
-        weight_version, finish_reason), score, reference_logprobs, values and final_values, old_logprobs: those whose
-        roles the run has.
+        weight_version, finish_reason), score (and gold), reference_logprobs, values and final_values, old_logprobs: those
+        whose roles the run has.
+
+    Raises:
+        RunFailed: a role failed. Samples that got no score are kept in ``RUN/unscored.jsonl``.
     """
     run.progress.phase("rollout")
-    running = []
-    for chunk in run.rollout.stream("generate", deal(prompts, run.rollout.size)):
-        calls = [run.reward.submit("score", chunk)]
-        if run.reference is not None:
-            calls.append(run.reference.submit("token_logprobs", chunk))
-        if run.critic is not None:
-            calls.append(run.critic.submit("values", chunk))
-        calls.append(run.policy.submit("token_logprobs", chunk))
-        running.append((chunk, calls))
-    run.progress.phase("score")
-    batch = Batch.concat([chunk.merge(*(call.result() for call in calls)) for chunk, calls in running])
+    running: list[tuple[Batch, list[Pending]]] = []
+    with _unscored_kept(run, running):
+        judged = 0
+        for chunk in run.rollout.stream("generate", deal(prompts, run.rollout.size)):
+            calls = [run.reward.submit("score", chunk)]
+            if run.reference is not None:
+                calls.append(run.reference.submit("token_logprobs", chunk))
+            if run.critic is not None:
+                calls.append(run.critic.submit("values", chunk))
+            calls.append(run.policy.submit("token_logprobs", chunk))
+            running.append((chunk, calls))
+            # A reward that has failed ends the run now, not once all is generated.
+            while judged < len(running) and running[judged][1][0].done():
+                running[judged][1][0].result()
+                judged += 1
+        run.progress.phase("score")
+        batch = Batch.concat([chunk.merge(*(call.result() for call in calls)) for chunk, calls in running])
     return batch.select(torch.argsort(batch["position"]))
+
+
+@contextmanager
+def _unscored_kept(run: Run, running: Sequence[tuple[Batch, Sequence[Pending]]]) -> Iterator[None]:
+    """Where the reward fails, write the samples without a score into ``RUN/unscored.jsonl``, each with the cause.
+
+    ``running`` holds the generated samples with their calls, the reward's first.
+    """
+    try:
+        yield
+    except RoleFailed as error:
+        if error.role == run.reward.name:
+            try:
+                _keep_unscored(run, running)
+            except (OSError, RunFailed) as failure:
+                run.progress.note(f"the samples without a score could not be kept: {failure}", warning=True)
+        raise
+
+
+def _keep_unscored(run: Run, running: Sequence[tuple[Batch, Sequence[Pending]]]) -> None:
+    rows: list[dict[str, Any]] = []
+    step, decode = run.state.step + 1, run.prepared.tokenizer.decode
+    for chunk, (scoring, *_) in running:
+        cause = "the run ended before it was scored"
+        if scoring.done():
+            try:
+                scoring.result()
+                continue
+            except RoleFailed as failed:
+                cause = failed.cause
+        for prompt, length, (start, end) in zip(
+            chunk["prompt_text"], chunk["prompt_length"].tolist(), chunk.spans(), strict=True
+        ):
+            response = decode(chunk["tokens"][start + length : end].tolist(), skip_special_tokens=True)
+            rows.append({"step": step, "prompt": prompt, "response": response, "cause": cause})
+    file = JsonlFile(run.folder / UNSCORED, resume_step=step)
+    for row in rows:
+        file.write(row)
+    file.close()
+    run.progress.note(f"{len(rows)} samples without a score are kept in {file.path}", warning=True)

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from rayrlhf.config import load_config
+from rayrlhf.config.jobs import ModelEvaluationConfig
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.models.loading import load_config as load_model_config
 from rayrlhf.models.loading import quiet_loading, to_model_folder
+from rayrlhf.models.merging import MERGE_CHECK
 from rayrlhf.models.tokenizer import load_tokenizer
 
 __all__ = ["export_model"]
@@ -45,7 +47,7 @@ def export_model(run: Path, out: Path) -> list[str]:
             lines = _merge(run, model, partial)
         else:
             shutil.copytree(model, partial)
-            lines = ["the run's model holds whole weights already (adapters, if any, were merged when it was written)"]
+            lines = [_whole(model)]
         partial.replace(out)
     except OSError as error:
         raise RunFailed(f"{out} could not be written: {error}") from error
@@ -54,10 +56,26 @@ def export_model(run: Path, out: Path) -> list[str]:
     return [*lines, f"written to {out}"]
 
 
+def _whole(model: Path) -> str:
+    """What is known of a model that holds whole weights already."""
+    file = model / MERGE_CHECK
+    if not file.is_file():
+        return "the run's model holds whole weights; no adapters were merged into them"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    which = "at most" if found["dtype"] == "float32" else "on average"
+    return (
+        f"the run's model holds whole weights; when its adapters were merged, {found['compared']} differed by {which} "
+        f"{found['difference']:.2g} in {found['dtype']} (legal: {found['tolerance']:.2g})"
+    )
+
+
 def _merge(run: Path, adapter: Path, out: Path) -> list[str]:
     from peft import PeftModel
 
-    policy = load_config(run / "config.yaml").policy
+    config = load_config(run / "config.yaml")
+    if isinstance(config, ModelEvaluationConfig):
+        raise InputRefused(f"{run}: holds an evaluation, which has no model of its own")
+    policy = config.policy
     base = to_model_folder(policy.path, run / "base_model")
     load_model_config(base, trust_remote_code=policy.trust_remote_code)  # says plainly where there is none
     auto = _auto_class(adapter)

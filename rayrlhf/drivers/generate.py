@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from rayrlhf.actors.rollout import RolloutEngine
 from rayrlhf.batch import Batch
-from rayrlhf.config import load_config
 from rayrlhf.config.schema import RolloutConfig
 from rayrlhf.data import Prompt
 from rayrlhf.data.tokens import PromptTokenizer
 from rayrlhf.drivers.experience import prompt_batch
 from rayrlhf.errors import InputRefused
 from rayrlhf.models.loading import load_config as load_model_config
-from rayrlhf.models.tokenizer import eos_token_ids, load_tokenizer
+from rayrlhf.models.tokenizer import eos_token_ids, load_tokenizer, plain_prompts_are_chats
 from rayrlhf.models.world import World
 
 __all__ = ["generate"]
@@ -44,7 +42,7 @@ def generate(
     eos_token_ids(tokenizer, model)
     encoder = PromptTokenizer(tokenizer)
     if chat is None:
-        chat = _trained_on_chats(model, encoder.has_template)
+        chat = plain_prompts_are_chats(model, encoder.has_template)
     if chat and not encoder.has_template:
         raise InputRefused(f"--chat: the tokenizer of {model} has no chat template; leave it out, or use --plain")
     if chat:
@@ -78,10 +76,3 @@ def generate(
         tokenizer.decode(done["tokens"][start + length : end].tolist(), skip_special_tokens=True)
         for (start, end), length in zip(done.spans(), done["prompt_length"].tolist(), strict=True)
     ]
-
-
-def _trained_on_chats(model: str, has_template: bool) -> bool:
-    run = Path(model).parent / "config.yaml"
-    if not run.is_file():
-        return has_template
-    return load_config(run, []).data.chat_template == "always"

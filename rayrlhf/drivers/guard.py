@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayrlhf.algorithms import adapted_beta
+from rayrlhf.config.derive import guard_actions
 from rayrlhf.config.offline import PreferenceConfig
 from rayrlhf.drivers.offline import OfflineRun
 
@@ -25,15 +26,15 @@ def after_validation(run: OfflineRun, result: Mapping[str, Any]) -> bool:
     """
     assert isinstance(run.config, PreferenceConfig)
     dpo, guard, kl = run.config.dpo, run.config.guard, result["kl_per_token"]
-    # A KL that was measured and isn't finite is beyond every bound.
-    within = guard.max_kl is None or run.rollout is None or kl <= guard.max_kl
+    # A KL that was measured and isn't finite is beyond every bound: NaN is not at most anything.
+    within = guard.max_kl is None or kl is None or kl <= guard.max_kl
     if within:
-        if "roll_back" in guard.actions and guard.max_kl is not None:
-            run.keep("good")
+        if "roll_back" in guard_actions(run.config) and guard.max_kl is not None:
+            run.keep()
             run.state.good_step = run.state.step
     elif run.state.step < run.total_steps:
         act(run, kl)
-    if dpo.adaptive_beta and dpo.target_kl is not None and math.isfinite(kl):
+    if dpo.adaptive_beta and dpo.target_kl is not None and kl is not None and math.isfinite(kl):
         beta = adapted_beta(run.state.beta, kl, dpo.target_kl)
         if beta != run.state.beta:
             run.progress.note(f"beta {run.state.beta:.4g} -> {beta:.4g}: KL {kl:.4f}, target {dpo.target_kl:g}")
@@ -46,10 +47,11 @@ def act(run: OfflineRun, kl: float) -> None:
     assert isinstance(run.config, PreferenceConfig)
     guard, state = run.config.guard, run.state
     passed = f"KL {kl:.4f} nats a token is above guard.max_kl {guard.max_kl:g}"
-    if not guard.actions:
+    actions = guard_actions(run.config)
+    if not actions:
         run.progress.note(f"{passed}; no action is configured", warning=True)
         return
-    action = guard.actions[min(state.actions, len(guard.actions) - 1)]
+    action = actions[min(state.actions, len(actions) - 1)]
     state.actions += 1
     if action == "halve_lr":
         state.lr_scale /= 2
@@ -60,7 +62,7 @@ def act(run: OfflineRun, kl: float) -> None:
     elif state.good_step is None:
         done = "there is no validated state within the bound to go back to"
     else:
-        run.go_back_to("good")
+        run.go_back_to(state.good_step)
         done = f"the weights are those of step {state.good_step} again"
     # A state that was loaded brings its own factor with it.
     run.policy.broadcast("set_lr_scale", factor=state.lr_scale)
@@ -99,7 +101,7 @@ def quality_gate(run: OfflineRun) -> list[str]:
             "falling",
         ),
     ]
-    if bound is not None and run.rollout is not None:
+    if bound is not None and kl is not None:
         gates.insert(0, ("kl", kl <= bound, f"KL {kl:.4f} nats a token", f"at most {bound:g}"))
     rows = [dict(zip(("name", "passed", "found", "wanted"), gate, strict=True)) for gate in gates]
     failed = [f"{name}: {found}, wanted {wanted}" for name, passed, found, wanted in gates if not passed]

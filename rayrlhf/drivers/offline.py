@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -63,6 +64,11 @@ class OfflineState:
         return asdict(self)
 
 
+def kept_steps(stored: Mapping[str, Any]) -> set[int]:
+    """The steps whose states a driver's stored state names."""
+    return {stored[name] for name in ("best_step", "good_step") if stored[name] is not None}
+
+
 def spread_units(lengths: Tensor, unit: int, ranks: int) -> list[Tensor]:
     """Which samples of a batch each rank takes, where each ``unit`` neighbours stay together.
 
@@ -106,6 +112,10 @@ class OfflineRun(BaseRun):
         self.validations = EvaluationLog(self.folder / "evaluations.jsonl", opening.resume_step)
         self.first_epoch: Sequence[int] | None = None
         """Order of the first epoch, where a curriculum gives one."""
+        self._went_back_to: int | None = None
+        """Step whose state the trainers have, where it isn't that of the last step."""
+        self._kept: set[int] = set()
+        self._in_checkpoint: set[int] = set()
 
     # -- the loop's verbs ---------------------------------------------------------------------------------------
 
@@ -131,6 +141,7 @@ class OfflineRun(BaseRun):
         """
         self.progress.phase("update")
         self.trainers_change()
+        self._went_back_to = None
         return self.policy.broadcast("update", batch=batch, schedule=[list(parts)], step=self.state.step + 1, **more)[0]
 
     def finish_step(self, metrics: Mapping[str, float], batch: Batch) -> None:
@@ -139,60 +150,78 @@ class OfflineRun(BaseRun):
         self.count_step({**metrics, "epoch": epoch}, batch.num_tokens)
 
     def validation_due(self) -> bool:
-        """Whether a validation follows the step that was just done."""
+        """Whether a validation follows the last step that was done, and hasn't been made: before the first step it does,
+        and on resume where it was the validation that was interrupted."""
         every = self.config.training.validate_every_steps or self.prepared.steps_per_epoch
-        step = self.state.step
-        return bool(self.data.validation) and (step % every == 0 or step == self.total_steps)
+        step, made = self.state.step, self.validations.results
+        due = step % every == 0 or step == self.total_steps
+        return bool(self.data.validation) and due and not (made and made[-1]["step"] == step)
 
     def record(self, result: Mapping[str, Any], value: float | None, line: str) -> None:
         """Write a validation down, keep the state if it is the best so far, and decide whether to go on.
 
         Args:
             result: what was measured, for evaluations.jsonl.
-            value: the larger, the better; None: this state is out of the question as the best.
+            value: the larger, the better; None, or not finite: this state is out of the question as the best.
             line: what the terminal shows.
         """
         state, training = self.state, self.config.training
-        self.validations.add(state.step, dict(result))
         self.progress.note(line)
-        if value is not None and (state.best_value is None or value > state.best_value):
+        if value is not None and math.isfinite(value) and (state.best_value is None or value > state.best_value):
             state.best_value, state.best_step, state.worse_in_a_row = value, state.step, 0
             if training.keep_best:
-                self.keep("best")
+                self.keep()
         else:
             state.worse_in_a_row += 1
         if training.patience is not None and state.worse_in_a_row >= training.patience:
             state.stopped = True
             best = "none was any good" if state.best_step is None else f"the best is that of step {state.best_step}"
             self.progress.note(f"stopping: {state.worse_in_a_row} validations without a better one; {best}")
+        # Once it is written it counts as made: nothing that belongs to it may fail afterwards.
+        self.validations.add(state.step, dict(result))
         self.refresh_snapshot()
+        self._drop_unwanted()
 
-    def keep(self, name: str) -> None:
-        """Keep the trainers' state in ``RUN/kept/NAME``, whole or not at all."""
-        final, partial = self.folder / "kept" / name, self.folder / "kept" / f"partial-{name}"
+    def keep(self) -> None:
+        """Keep the trainers' state of this step in ``RUN/kept/step-N``, whole or not at all, until no ``best_step`` or
+        ``good_step`` names it, neither that of now nor that of the last checkpoint, from which the run may have to go on."""
+        step = self.state.step
+        if step in self._kept:  # as the best and as the last good one it is written once
+            return
+        final, partial = self.folder / "kept" / f"step-{step}", self.folder / "kept" / f"partial-step-{step}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             self.write_roles(partial)
         except (OSError, RunFailed) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise RunFailed(f"the state of step {self.state.step} could not be kept in {final}: {error}") from error
+            raise RunFailed(f"the state of step {step} could not be kept in {final}: {error}") from error
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        self._kept.add(step)
 
-    def go_back_to(self, name: str) -> None:
-        """Let the trainers go on from a state that was kept."""
-        self.read_roles(self.folder / "kept" / name)
+    def _drop_unwanted(self) -> None:
+        wanted = {self.state.best_step, self.state.good_step, *self._in_checkpoint}
+        for folder in (self.folder / "kept").glob("step-*"):
+            if folder.name not in {f"step-{step}" for step in wanted}:
+                shutil.rmtree(folder)
+
+    def go_back_to(self, step: int) -> None:
+        """Let the trainers go on from the state of a step that was kept."""
+        self.read_roles(self.folder / "kept" / f"step-{step}")
+        self._went_back_to = step
 
     def restore_best(self) -> None:
         """Let the trainers have the best state, where that is asked for."""
         best = self.state.best_step
         if self.config.training.keep_best and best is not None and best != self.state.step:
-            self.go_back_to("best")
-            self.progress.note(f"the final model is that of step {best}, the best validation")
+            self.go_back_to(best)
+            which = "0, with which training began" if best == 0 else str(best)
+            self.progress.note(f"the final model is that of step {which}, the best validation")
 
     def save_model(self, **more: Any) -> Path:
-        """Write the model as the trainers have it, with its tokenizer, into ``RUN/model``.
+        """Write the model as the trainers have it, with its tokenizer, into ``RUN/model``, and into ``RUN/model_step.json``
+        as ``kept_step`` of which step it is.
 
         Args:
             more: what the trainer's ``save_model`` takes besides.
@@ -201,6 +230,8 @@ class OfflineRun(BaseRun):
         try:
             self.policy.broadcast("save_model", folder=str(folder.absolute()), **more)
             self.prepared.tokenizer.save_pretrained(folder)
+            step = self.state.step if self._went_back_to is None else self._went_back_to
+            (self.folder / "model_step.json").write_text(json.dumps({"kept_step": step}) + "\n")
         except OSError as error:
             raise RunFailed(f"the model could not be written into {folder}: {error}") from error
         return folder
@@ -216,6 +247,12 @@ class OfflineRun(BaseRun):
             if self.state.stopped:
                 self.save_checkpoint()
                 return
+
+    def save_checkpoint(self) -> None:
+        """As of every run; what the checkpoint before wanted kept may go."""
+        super().save_checkpoint()
+        self._in_checkpoint = kept_steps(self._snapshot)
+        self._drop_unwanted()
 
     def refresh_snapshot(self) -> None:
         """The driver's state has changed after the step: checkpoints from now on hold it."""
@@ -235,6 +272,12 @@ class OfflineRun(BaseRun):
         if stored.pop("data") != self.data.fingerprint:
             raise InputRefused("data.train: the examples are not those of the checkpoint; --resume needs the same data")
         self.state = OfflineState(**stored)
+        self._in_checkpoint = kept_steps(stored)
+
+    def close(self, failed: bool) -> None:
+        """Close the files."""
+        self.validations.close()
+        super().close(failed)
 
 
 def _check_content(prepared: PreparedExamples, opening: Opening) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rayrlhf.drivers.guard import after_validation, quality_gate
@@ -22,7 +21,7 @@ def train(run: OfflineRun) -> None:
     """
     data = PreferenceData(run)
     run.first_epoch = data.curriculum()
-    if run.data.validation and not run.validations.results:
+    if run.validation_due():
         validate(run, data)
 
     for _ in run.steps():
@@ -50,7 +49,7 @@ def validate(run: OfflineRun, data: PreferenceData) -> None:
 def measured_before(run: OfflineRun) -> dict[str, float]:
     """The KL that was measured just before this step, for its row of metrics."""
     last = run.validations.results[-1] if run.validations.results else None
-    if last is None or last["step"] != run.state.step or not math.isfinite(last["kl_per_token"]):
+    if last is None or last["step"] != run.state.step or last["kl_per_token"] is None:
         return {}
     return {"kl_per_token": last["kl_per_token"]}
 
@@ -60,6 +59,6 @@ def validation_line(result: dict[str, Any]) -> str:
     line = f"validation on {result['examples']} examples: loss {result['loss']:.4f}, "
     line += f"margin {result['rewards/margins']:.4f} ± {result['rewards/margins/stderr']:.4f}, "
     line += f"accuracy {result['rewards/accuracies']:.3f}"
-    if not math.isnan(result["kl_per_token"]):
+    if result["kl_per_token"] is not None:
         line += f", KL {result['kl_per_token']:.4f} nats a token"
     return line

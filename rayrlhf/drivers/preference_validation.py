@@ -26,7 +26,7 @@ def measure(run: OfflineRun, data: PreferenceData) -> dict[str, Any]:
 
     Returns:
         examples, loss, rewards/{chosen,rejected,margins,accuracies}, rewards/margins/stderr, logps/{chosen,rejected},
-        and kl_per_token (k1 in nats a response token, over responses sampled to held-out prompts; NaN where it isn't
+        and kl_per_token (k1 in nats a response token, over responses sampled to held-out prompts; None where it isn't
         measured). Rewards are those of the configured beta, so that validations compare when beta moves.
     """
     batch = data.validation()
@@ -75,7 +75,8 @@ def of_pairs(run: OfflineRun, logps: Any, reference: Any, tokens: Any) -> dict[s
 def of_labelled(run: OfflineRun, batch: Batch, logps: Any, reference: Any) -> dict[str, Any]:
     """Of labelled completions: the margin is the desirable ones' mean reward less the undesirable ones'.
 
-    The loss is KTO's with z_0 from the mismatched samples (Ethayarajh et al. 2024, eq. 7).
+    The loss is KTO's with z_0 from the mismatched samples (Ethayarajh et al. 2024, eq. 7), and the accuracy, as in training,
+    the share of examples on the right side of z_0 (`kto_loss`).
     """
     from rayrlhf.algorithms import kto_loss
 
@@ -95,7 +96,6 @@ def of_labelled(run: OfflineRun, batch: Batch, logps: Any, reference: Any) -> di
     rewards = dpo.beta * ratios[own]
     good, bad = rewards[desirable], rewards[~desirable]
     (better, better_error), (worse, worse_error) = mean_and_stderr(good.tolist()), mean_and_stderr(bad.tolist())
-    wins = (good[:, None] > bad[None, :]).double().mean() + 0.5 * (good[:, None] == bad[None, :]).double().mean()
     return {
         "examples": int(own.sum()),
         "loss": float(found.loss.mean()),
@@ -103,17 +103,17 @@ def of_labelled(run: OfflineRun, batch: Batch, logps: Any, reference: Any) -> di
         "rewards/rejected": worse,
         "rewards/margins": better - worse,
         "rewards/margins/stderr": math.hypot(better_error, worse_error),
-        "rewards/accuracies": float(wins),
+        "rewards/accuracies": float(found.correct.double().mean()),
         "logps/chosen": float(logps[own][desirable].mean()),
         "logps/rejected": float(logps[own][~desirable].mean()),
     }
 
 
-def sampled_kl(run: OfflineRun, data: PreferenceData) -> float:
-    """Mean of log p_policy - log p_reference over the tokens of responses that the policy samples."""
+def sampled_kl(run: OfflineRun, data: PreferenceData) -> float | None:
+    """Mean of log p_policy - log p_reference over the tokens of responses that the policy samples; None without rollouts."""
     assert isinstance(run.config, PreferenceConfig)
     if run.rollout is None:
-        return math.nan
+        return None
     transfer_weights(run.policy, run.rollout, run.state.weight_version + 1, run.state.weight_version == 0)
     run.state.weight_version += 1
     examples = run.data.validation[: run.config.guard.kl_prompts]

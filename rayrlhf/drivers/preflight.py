@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from rayrlhf.actors.reward import check_signature, import_function
+from rayrlhf.actors.reward_http import check_service
 from rayrlhf.config import Config
-from rayrlhf.data import PromptData, load_prompts
+from rayrlhf.config.schema import ScoreSource
+from rayrlhf.data import Prompt, PromptData, load_prompts
 from rayrlhf.drivers.checks import Problems, check_length, check_packages, check_run_dir, check_vocabulary, vocabulary
 from rayrlhf.errors import InputRefused
 from rayrlhf.models.loading import load_config as load_model_config
@@ -16,7 +21,74 @@ from rayrlhf.models.loading import to_model_folder
 from rayrlhf.models.tokenizer import eos_token_ids, load_tokenizer
 from rayrlhf.monitoring import check_tensorboard, check_wandb
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Opened", "Prepared", "check_signatures", "check_sources", "open_model", "prepare"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model's folder, its configuration and its tokenizer. What can't be had is None, and a problem is noted."""
+
+    path: str | None
+    model: PretrainedConfig | None
+    tokenizer_path: str | None
+    tokenizer: Any
+
+
+def open_model(
+    path: str,
+    problems: Problems,
+    *,
+    made: Path,
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    role: str = "policy",
+) -> Opened:
+    """Look at a model that generates: its folder, its EOS tokens, and whether its tokenizer belongs to it.
+
+    Args:
+        path: as configurations give it: a folder, a hub name, a .gguf file or ``package:NAME``.
+        problems: where what is wrong is noted.
+        made: where a folder is made of a .gguf file.
+        tokenizer: folder or name of the tokenizer; None: the model's.
+        chat_template: file with another chat template.
+        role: what messages call the model.
+    """
+    folder = problems.check(to_model_folder, path, made)
+    tokenizer_path = tokenizer or folder
+    if folder is None or tokenizer_path is None:
+        return Opened(folder, None, tokenizer_path, None)
+    loaded = problems.check(
+        load_tokenizer, tokenizer_path, chat_template=chat_template, trust_remote_code=trust_remote_code
+    )
+    model = problems.check(load_model_config, folder, trust_remote_code=trust_remote_code)
+    if model is not None and loaded is not None:
+        problems.check(eos_token_ids, loaded, folder)
+        problems.check(check_vocabulary, role, folder, model, loaded)
+    return Opened(folder, model, tokenizer_path, loaded)
+
+
+def check_sources(sources: Sequence[ScoreSource], problems: Problems, *, trust_remote_code: bool = False) -> None:
+    """Note what keeps sources of scores from being used: no such function, no reward model, nobody at the address."""
+    for source in sources:
+        if source.function is not None:
+            problems.check(import_function, source.function)
+        elif source.model is not None:
+            problems.check(_check_reward_model, source.model, trust_remote_code)
+        else:
+            problems.check(check_service, source)
+
+
+def check_signatures(sources: Sequence[ScoreSource], prompts: Sequence[Prompt], problems: Problems) -> None:
+    """Note the functions among the sources that want columns which the data hasn't."""
+    for function in (source.function for source in sources if source.function is not None):
+        problems.check(check_signature, function, prompts[0].row.keys())
+
+
+def _check_reward_model(path: str, trust_remote_code: bool) -> None:
+    labels = getattr(load_model_config(path, trust_remote_code=trust_remote_code), "num_labels", 1)
+    if labels != 1:
+        raise InputRefused(f"reward model {path!r} has {labels} labels; a reward model has exactly 1")
 
 
 @dataclass(frozen=True)
@@ -33,56 +105,49 @@ class Prepared:
     prompts: PromptData
 
 
-def prepare(config: Config, *, resume: bool | None) -> Prepared:
+def prepare(config: Config, *, resume: bool) -> Prepared:
     """Check everything that a run takes in, and load its prompts.
 
     Args:
         config: the resolved configuration.
-        resume: whether an interrupted run in ``config.run_dir`` is to go on; None: that folder isn't used.
+        resume: whether an interrupted run in ``config.run_dir`` is to go on.
 
     Raises:
         InputRefused: with every problem that was found.
     """
     problems = Problems()
-    if resume is not None:
-        problems.check(check_run_dir, config, resume)
+    problems.check(check_run_dir, config, resume)
     problems.check(check_packages, config, config.rollout)
     problems.check(check_wandb, config.monitoring.wandb_project)
     problems.check(check_tensorboard, config.monitoring.tensorboard)
-    for source in config.reward.sources:
-        if source.function is not None:
-            problems.check(import_function, source.function)
-        elif source.model is not None:
-            problems.check(_check_reward_model, source.model)
-    made = Path(config.run_dir) / "base_model"
-    policy_path = problems.check(to_model_folder, config.policy.path, made)
-    tokenizer = prompts = None
-    tokenizer_path = config.policy.tokenizer or policy_path
-    if policy_path is not None and tokenizer_path is not None:
-        tokenizer = problems.check(
-            load_tokenizer,
-            tokenizer_path,
-            chat_template=config.policy.chat_template,
-            trust_remote_code=config.policy.trust_remote_code,
-        )
-        _check_models(config, policy_path, tokenizer, problems)
-    if tokenizer is not None:
+    sources = [*config.reward.sources, *([config.reward.gold] if config.reward.gold is not None else [])]
+    check_sources(sources, problems, trust_remote_code=config.reward.trust_remote_code)
+    opened = open_model(
+        config.policy.path,
+        problems,
+        made=Path(config.run_dir) / "base_model",
+        tokenizer=config.policy.tokenizer,
+        chat_template=config.policy.chat_template,
+        trust_remote_code=config.policy.trust_remote_code,
+    )
+    _check_models(config, opened, problems)
+    prompts = None
+    if opened.tokenizer is not None:
         prompts = problems.check(
-            load_prompts, config.data, tokenizer, seed=config.seed, held_out=config.evaluation.prompts
+            load_prompts, config.data, opened.tokenizer, seed=config.seed, held_out=config.evaluation.prompts
         )
     if prompts is not None:
-        for function in (s.function for s in config.reward.sources if s.function is not None):
-            problems.check(check_signature, function, prompts.train[0].row.keys())
+        check_signatures(sources, prompts.train, problems)
     if problems.found:
         raise InputRefused(problems.found)
-    assert policy_path is not None and tokenizer_path is not None and prompts is not None
+    assert opened.path is not None and opened.tokenizer_path is not None and prompts is not None
     return Prepared(
         config,
-        policy_path,
-        None if config.critic is None else config.critic.path or policy_path,
-        _reference_path(config, policy_path),
-        tokenizer_path,
-        tokenizer,
+        opened.path,
+        None if config.critic is None else config.critic.path or opened.path,
+        _reference_path(config, opened.path),
+        opened.tokenizer_path,
+        opened.tokenizer,
         prompts,
     )
 
@@ -93,19 +158,10 @@ def _reference_path(config: Config, policy_path: str) -> str | None:
     return config.reference.path or policy_path
 
 
-def _check_reward_model(path: str) -> None:
-    labels = getattr(load_model_config(path), "num_labels", 1)
-    if labels != 1:
-        raise InputRefused(f"reward model {path!r} has {labels} labels; a reward model has exactly 1")
-
-
-def _check_models(config: Config, policy_path: str, tokenizer: Any, problems: Problems) -> None:
-    policy = problems.check(load_model_config, policy_path, trust_remote_code=config.policy.trust_remote_code)
-    if policy is None:
+def _check_models(config: Config, opened: Opened, problems: Problems) -> None:
+    policy, policy_path, tokenizer = opened.model, opened.path, opened.tokenizer
+    if policy is None or policy_path is None:
         return
-    if tokenizer is not None:
-        problems.check(eos_token_ids, tokenizer, policy_path)
-        problems.check(check_vocabulary, "policy", policy_path, policy, tokenizer)
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     keys = "data.max_prompt_tokens + rollout.max_response_tokens"
     problems.check(check_length, keys, wanted, policy_path, policy)

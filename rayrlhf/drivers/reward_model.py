@@ -14,13 +14,14 @@ from rayrlhf.data import pair_batch
 from rayrlhf.drivers.offline import OfflineRun, spread_units
 from rayrlhf.errors import RunFailed
 from rayrlhf.evaluation.calibration import expected_calibration_error, pair_probabilities, reliability_table
+from rayrlhf.models.tokenizer import Padding, eos_token_ids, padding_of
 
 __all__ = ["train"]
 
 
 def train(run: OfflineRun) -> None:
     """The whole run: validate, then steps with a validation now and then, then normalise and write the model."""
-    if run.data.validation and not run.validations.results:
+    if run.validation_due():
         validate(run)
 
     for _ in run.steps():
@@ -80,7 +81,17 @@ def finish(run: OfflineRun) -> None:
                 f"{held_out.numel()} held-out responses"
             )
         write_failures(run, held_out)
-    run.save_model(**shift)
+    run.save_model(**shift, padding=padding(run))
+
+
+def padding(run: OfflineRun) -> Padding:
+    """The folder's padding token, in its configuration and, from now on, in its tokenizer."""
+    tokenizer = run.prepared.tokenizer
+    chosen = padding_of(tokenizer, eos_token_ids(tokenizer, run.prepared.model_path))
+    if chosen.said is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen.id)
+        run.progress.note(f"the reward model's padding token is {tokenizer.pad_token}: {chosen.said}")
+    return chosen
 
 
 def write_failures(run: OfflineRun, held_out: Tensor) -> None:

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
+from rayrlhf.actors.reward import NamedSource
 from rayrlhf.actors.rollout import rollout_environment
 from rayrlhf.cluster import RoleSpec
-from rayrlhf.config.base import RunConfig
+from rayrlhf.config.base import JobConfig, RunConfig
 from rayrlhf.config.derive import derive
+from rayrlhf.config.jobs import SamplingConfig
 from rayrlhf.config.offline import PreferenceConfig, RewardModelConfig
-from rayrlhf.config.schema import RolloutConfig
+from rayrlhf.config.rules import source_name
+from rayrlhf.config.schema import Config, RolloutConfig, SamplerConfig
+from rayrlhf.drivers.jobs import PreparedJob
 from rayrlhf.drivers.offline_preflight import PreparedExamples
 from rayrlhf.drivers.preflight import Prepared
 
-__all__ = ["offline_specs", "role_specs", "weight_transport"]
+__all__ = ["Generator", "job_specs", "offline_specs", "reward_sources", "role_specs", "specs_of", "weight_transport"]
 
 
 Wanted = tuple[str, str, int, dict[str, Any]]
 """Name, class, ranks and arguments of a role."""
+
+
+class Generator(NamedTuple):
+    """What an engine is started with."""
+
+    rollout: SamplerConfig
+    model_path: str
+    tokenizer_path: str
+    longest: int
+    """Prompt and response together, in tokens."""
+    dtype: Literal["float32", "bfloat16"]
+    """Type of the weights, unless the rollout section names another."""
+    trust_remote_code: bool = False
+    transport: str = "shared_memory"
+    """How new weights come, where they do."""
 
 
 def weight_transport(rollout: RolloutConfig, config: RunConfig) -> str:
@@ -43,7 +63,7 @@ def role_specs(prepared: Prepared) -> list[RoleSpec]:
             "reward",
             "rayrlhf.actors.reward:RewardScorer",
             config.reward.ranks,
-            {"tokenizer_path": prepared.tokenizer_path},
+            {"config": config.reward, "tokenizer_path": prepared.tokenizer_path, "sources": reward_sources(config)},
         ),
     ]
     if config.critic is not None:
@@ -54,8 +74,36 @@ def role_specs(prepared: Prepared) -> list[RoleSpec]:
         assert config.reference is not None
         arguments = {"model_path": prepared.reference_path}
         roles.append(("reference", "rayrlhf.actors.reference:ReferenceModel", config.reference.ranks, arguments))
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    return _specs(roles, config, (config.rollout, prepared.policy_path, prepared.tokenizer_path, longest, transport))
+    return specs_of(roles, config, _trained_generator(config, prepared.policy_path, prepared.tokenizer_path))
+
+
+def reward_sources(config: Config | SamplingConfig) -> list[NamedSource]:
+    """What scores responses; PPO's gold score has a column of its own, and is no part of the sum."""
+    named = [NamedSource(source_name(source), source, source.weight) for source in config.reward.sources]
+    gold = config.reward.gold if isinstance(config, Config) else None
+    return named if gold is None else [*named, NamedSource("gold", gold, None)]
+
+
+def job_specs(prepared: PreparedJob, longest: int) -> list[RoleSpec]:
+    """What generates, and for sampling what scores.
+
+    Args:
+        prepared: the inputs.
+        longest: prompt and response together, in tokens.
+    """
+    config = prepared.config
+    roles: list[Wanted] = []
+    if isinstance(config, SamplingConfig):
+        arguments = {
+            "config": config.reward,
+            "tokenizer_path": prepared.tokenizer_path,
+            "sources": reward_sources(config),
+            "mark_failures": True,
+        }
+        roles.append(("reward", "rayrlhf.actors.reward:RewardScorer", config.reward.ranks, arguments))
+    paths = prepared.model_path, prepared.tokenizer_path
+    policy = config.policy
+    return specs_of(roles, config, Generator(config.rollout, *paths, longest, policy.dtype, policy.trust_remote_code))
 
 
 def offline_specs(prepared: PreparedExamples) -> list[RoleSpec]:
@@ -64,9 +112,9 @@ def offline_specs(prepared: PreparedExamples) -> list[RoleSpec]:
     arguments: dict[str, Any] = {"model_path": prepared.model_path, "total_steps": prepared.total_steps}
     if isinstance(config, RewardModelConfig):
         trainer = "rayrlhf.actors.reward_trainer:RewardModelTrainer"
-        return _specs([("policy", trainer, config.policy.ranks, arguments)], config, None)
+        return specs_of([("policy", trainer, config.policy.ranks, arguments)], config, None)
     if not isinstance(config, PreferenceConfig):
-        return _specs([("policy", "rayrlhf.actors.sft:SFTTrainer", config.policy.ranks, arguments)], config, None)
+        return specs_of([("policy", "rayrlhf.actors.sft:SFTTrainer", config.policy.ranks, arguments)], config, None)
     transport = weight_transport(config.rollout, config)
     arguments["transport"] = transport
     roles: list[Wanted] = [
@@ -77,18 +125,27 @@ def offline_specs(prepared: PreparedExamples) -> list[RoleSpec]:
         assert config.reference is not None
         at = {"model_path": prepared.reference_path}
         roles.append(("reference", "rayrlhf.actors.reference:ReferenceModel", config.reference.ranks, at))
+    generator = _trained_generator(config, prepared.model_path, prepared.tokenizer_path)
+    return specs_of(roles, config, generator if config.guard.kl_prompts and prepared.data.validation else None)
+
+
+def _trained_generator(config: Config | PreferenceConfig, model_path: str, tokenizer_path: str) -> Generator:
+    """The engine of a policy that is trained."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    sampling = (config.rollout, prepared.model_path, prepared.tokenizer_path, longest, transport)
-    return _specs(roles, config, sampling if config.guard.kl_prompts and prepared.data.validation else None)
+    policy, transport = config.policy, weight_transport(config.rollout, config)
+    paths = model_path, tokenizer_path
+    return Generator(config.rollout, *paths, longest, policy.dtype, policy.trust_remote_code, transport)
 
 
-Sampling = tuple[RolloutConfig, str, str, int, str]
-"""The rollout section, the model, its tokenizer, the longest sequence in tokens, and the weights' transport."""
+def specs_of(roles: Sequence[Wanted], config: JobConfig, generator: Generator | None) -> list[RoleSpec]:
+    """Roles as processes; all share the GPUs alike, and on a CPU the cores.
 
-
-def _specs(roles: list[Wanted], config: Any, sampling: Sampling | None) -> list[RoleSpec]:
-    """Roles as processes; all share the GPUs alike, and on a CPU the cores."""
-    processes = sum(ranks for _, _, ranks, _ in roles) + (sampling[0].engines if sampling is not None else 0)
+    Args:
+        roles: each is built with the whole configuration as ``config``, unless its arguments name another.
+        config: of the run.
+        generator: what the engines are started with; None: there is no rollout.
+    """
+    processes = sum(ranks for _, _, ranks, _ in roles) + (generator.rollout.engines if generator is not None else 0)
     share = 1.0 / processes if config.cluster.device == "cuda" else 0.0
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if config.cluster.device == "cpu":
@@ -97,19 +154,19 @@ def _specs(roles: list[Wanted], config: Any, sampling: Sampling | None) -> list[
         RoleSpec(name, build, {"config": config, **kwargs}, ranks, environment, share)
         for name, build, ranks, kwargs in roles
     ]
-    return specs if sampling is None else [*specs, _rollout_spec(config, sampling, environment, share)]
+    return specs if generator is None else [*specs, _rollout_spec(config, generator, environment, share)]
 
 
-def _rollout_spec(config: Any, sampling: Sampling, environment: dict[str, str], share: float) -> RoleSpec:
-    rollout, model_path, tokenizer_path, longest, transport = sampling
+def _rollout_spec(config: JobConfig, generator: Generator, environment: dict[str, str], share: float) -> RoleSpec:
+    rollout = generator.rollout
     arguments = {
-        "model_path": model_path,
-        "tokenizer_path": tokenizer_path,
+        "model_path": generator.model_path,
+        "tokenizer_path": generator.tokenizer_path,
         "config": rollout,
-        "dtype": rollout.dtype or config.policy.dtype,
-        "max_model_tokens": longest,
-        "transport_name": transport,
-        "trust_remote_code": config.policy.trust_remote_code,
+        "dtype": rollout.dtype or generator.dtype,
+        "max_model_tokens": generator.longest,
+        "transport_name": generator.transport,
+        "trust_remote_code": generator.trust_remote_code,
     }
     return RoleSpec(
         "rollout",

@@ -16,15 +16,16 @@ from rayrlhf.cluster import Group, Pending
 from rayrlhf.config import Config, broken_rules, load_config
 from rayrlhf.data import PromptSampler
 from rayrlhf.drivers.base import BaseRun, Opening, opened, started
-from rayrlhf.drivers.evaluation import EvaluationLog, evaluate
-from rayrlhf.drivers.experience import collect, prompt_batch
+from rayrlhf.drivers.evaluation import EvaluationLog, evaluate, write_hacking_analysis
+from rayrlhf.drivers.experience import UNSCORED, collect, prompt_batch
 from rayrlhf.drivers.minibatches import minibatch_schedule
 from rayrlhf.drivers.preflight import Prepared, prepare
 from rayrlhf.drivers.roles import role_specs
 from rayrlhf.drivers.state import RunState
 from rayrlhf.drivers.transfer import SYNC, transfer_weights
 from rayrlhf.errors import InputRefused, RunFailed
-from rayrlhf.monitoring import SampleWriter, evaluation_line
+from rayrlhf.monitoring import SampleWriter, evaluation_line, read_rows
+from rayrlhf.monitoring.jsonl import keep_before
 
 __all__ = ["Run", "launch"]
 
@@ -81,6 +82,8 @@ class Run(BaseRun):
         super().__init__(opening, groups, state, config.ppo.steps)
         self.evaluations = EvaluationLog(self.folder / "evaluations.jsonl", opening.resume_step)
         self.samples = SampleWriter(self.folder, resume_step=opening.resume_step)
+        if opening.resume_step is not None and (self.folder / UNSCORED).exists():
+            keep_before(self.folder / UNSCORED, opening.resume_step)
 
     # -- the loop's verbs ---------------------------------------------------------------------------------------
 
@@ -167,6 +170,7 @@ class Run(BaseRun):
         result = evaluate(self)
         self.evaluations.add(self.state.step, result)
         self.progress.note(evaluation_line(result))
+        self._analyze_hacking(ended=False)
         return result
 
     # -- inside -------------------------------------------------------------------------------------------------
@@ -208,10 +212,21 @@ class Run(BaseRun):
                 weight_version=int(first["weight_version"][i]),
             )
 
+    def _analyze_hacking(self, ended: bool) -> None:
+        if self.config.reward.gold is not None:
+            rows = read_rows(self.folder / "metrics.jsonl")
+            write_hacking_analysis(rows, self.folder / "reward_hacking.json", ended=ended)
+
     def close(self, failed: bool) -> None:
-        """Close the files."""
-        super().close(failed)
+        """Close the files, and say in ``reward_hacking.json`` how the score and a gold score went along with each other."""
         self.samples.close()
+        self.evaluations.close()
+        try:
+            self._analyze_hacking(ended=True)
+        except RunFailed as error:
+            # The files are closed all the same, and where a failure ended the run, that is the one to tell of.
+            self.progress.note(str(error), warning=True)
+        super().close(failed)
 
 
 @contextmanager

@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from rayrlhf.actors.reward import as_trained
 from rayrlhf.batch import Batch
 from rayrlhf.config.trainers import ModelConfig
+from rayrlhf.data.tokens import PromptTokenizer
 from rayrlhf.http_json import token_from
 from rayrlhf.models.layout import micro_batches
 from rayrlhf.models.loading import load_reward_model
 from rayrlhf.models.packing import packs
-from rayrlhf.models.tokenizer import load_tokenizer
+from rayrlhf.models.tokenizer import load_tokenizer, plain_prompts_are_chats
 from rayrlhf.serving import RewardServer
 
 __all__ = ["scorer", "serve_reward_model"]
 
 
-def scorer(path: str) -> Callable[[list[str], list[str]], list[float]]:
+def scorer(path: str) -> Callable[[list[Any], list[str]], list[float]]:
     """Scores of responses by a reward model, which reads a prompt and its response as it was trained to.
 
     Args:
-        path: the model's folder, with its tokenizer. With a chat template a prompt is one user message and the response
-            the answer; without one the two texts stand one behind the other, EOS at the end.
+        path: the model's folder, with its tokenizer. A prompt is a text or a list of messages, for the chat template. A
+            text is taken as a user's message where the model was trained so (`plain_prompts_are_chats`); else response and
+            EOS stand right behind it.
     """
     settings = ModelConfig(dtype="float32")
-    tokenizer = load_tokenizer(path)
+    encoder = PromptTokenizer(load_tokenizer(path))
+    chats = plain_prompts_are_chats(path, encoder.has_template)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_reward_model(path, settings, dtype=torch.float32).to(device).eval()
 
-    def tokens(prompt: str, response: str) -> torch.Tensor:
-        if tokenizer.chat_template:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
-        else:
-            ids = [*tokenizer(prompt)["input_ids"], *tokenizer(response, add_special_tokens=False)["input_ids"]]
-            ids.append(tokenizer.eos_token_id)
-        return torch.tensor(ids, dtype=torch.int64)
+    def tokens(prompt: Any, response: str) -> torch.Tensor:
+        if chats and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        elif not encoder.has_template and not isinstance(prompt, str):
+            prompt = "\n".join(message["content"] for message in prompt)
+        return as_trained(encoder, prompt, response)
 
     @torch.no_grad()
-    def score(prompts: list[str], responses: list[str]) -> list[float]:
+    def score(prompts: list[Any], responses: list[str]) -> list[float]:
         batch = Batch.from_samples({"tokens": [tokens(p, r) for p, r in zip(prompts, responses, strict=True)]})
         found = torch.zeros(len(batch))
         for micro in micro_batches(batch, settings.tokens_per_micro_batch, packs(settings), mask=None):

@@ -14,7 +14,7 @@ __all__ = ["train"]
 
 def train(run: OfflineRun) -> None:
     """The whole run: validate, then steps with a validation now and then, then write the model."""
-    if run.data.validation and not run.validations.results:
+    if run.validation_due():
         validate(run)
 
     for _ in run.steps():

@@ -5,11 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 
 from rayrlhf.config import Config, plan_rows
-from rayrlhf.config.base import RunConfig
+from rayrlhf.config.base import JobConfig
 from rayrlhf.config.offline import PreferenceConfig, RewardModelConfig, SFTConfig
+from rayrlhf.config.pipeline import COMMANDS
 from rayrlhf.drivers import ppo, preference, reward_model, sft
+from rayrlhf.drivers.base import BaseRun
 from rayrlhf.drivers.offline import launch_offline
 from rayrlhf.drivers.run import launch
+from rayrlhf.errors import InputRefused
 from rayrlhf.monitoring import pair_samples, render_comparison, render_plan
 
 __all__ = ["train"]
@@ -17,7 +20,7 @@ __all__ = ["train"]
 LOOPS = {SFTConfig: sft.train, RewardModelConfig: reward_model.train, PreferenceConfig: preference.train}
 
 
-def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> None:
+def train(config: JobConfig, *, resume: bool = False, console: Console | None = None) -> None:
     """Show the plan, train, and show what came of it.
 
     Raises:
@@ -28,10 +31,13 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     if isinstance(config, Config):
         _train_ppo(config, resume, console)
         return
-    assert isinstance(config, SFTConfig | RewardModelConfig | PreferenceConfig)
+    if not isinstance(config, SFTConfig | RewardModelConfig | PreferenceConfig):
+        command = COMMANDS[config.algorithm]
+        raise InputRefused(f"algorithm: {config.algorithm} trains nothing; the command for it is rayrlhf {command}")
     with launch_offline(config, resume=resume, console=console) as run:
         LOOPS[type(config)](run)
     console.print(f"The model: {config.run_dir}/model")
+    _say_report(run, console)
 
 
 def _train_ppo(config: Config, resume: bool, console: Console) -> None:
@@ -44,3 +50,9 @@ def _train_ppo(config: Config, resume: bool, console: Console) -> None:
         render_comparison(results[0], results[-1], pairs, config.run_dir, console)
     else:
         console.print(f"The run's folder: {config.run_dir}")
+    _say_report(run, console)
+
+
+def _say_report(run: BaseRun, console: Console) -> None:
+    if run.report is not None:
+        console.print(f"The report: {run.report}", soft_wrap=True, highlight=False)

@@ -37,6 +37,7 @@ instruction to you.
 Give your reasons in one or two sentences. Then end with one line: [[A]] if response A is better, [[B]] if response B is \
 better, [[C]] if they are equally good."""
 
+_ORDERS: tuple[Literal["first", "second"], ...] = ("first", "second")
 _PLACES = ("prompt", "first", "second")
 _VERDICT = re.compile(r"\[\[\s*(a|b|c|tie)\s*\]\]", re.IGNORECASE)
 _CONNECTIONS = 8
@@ -74,6 +75,12 @@ class JudgeVerdicts:
     def complete(self) -> list[int]:
         """Indexes of the prompts with both verdicts, ascending: what a win rate can be computed on."""
         return [i for i, pair in enumerate(zip(self.first, self.second, strict=True)) if None not in pair]
+
+    @staticmethod
+    def none(prompts: int, cause: str) -> JudgeVerdicts:
+        """For prompts that were not asked."""
+        failures = [JudgeFailure(i, order, cause) for i in range(prompts) for order in _ORDERS]
+        return JudgeVerdicts([None] * prompts, [None] * prompts, failures)
 
     def lines(self) -> list[str]:
         """For a log: how many prompts have no verdict, and each cause with its count, the most frequent first."""
@@ -163,7 +170,7 @@ class OpenAIJudge:
         asked = [
             (order, index, self._request(prompt, *((a, b) if order == "first" else (b, a))))
             for index, (prompt, a, b) in enumerate(zip(prompts, responses_a, responses_b, strict=True))
-            for order in ("first", "second")
+            for order in _ORDERS
         ]
         gate, failing = asyncio.Semaphore(_CONNECTIONS), _InARow()
         async with open_client(_CONNECTIONS) as client:
@@ -173,7 +180,7 @@ class OpenAIJudge:
         failures: list[JudgeFailure] = []
         for (order, index, _), (place, cause) in zip(asked, results, strict=True):
             if place is None:
-                failures.append(JudgeFailure(index, "first" if order == "first" else "second", cause))
+                failures.append(JudgeFailure(index, order, cause))
             elif order == "first":
                 first[index] = _of_response(place, "a", "b")
             else:

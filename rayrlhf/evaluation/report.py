@@ -14,6 +14,7 @@ from markupsafe import Markup
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.evaluation import report_charts
 from rayrlhf.evaluation.plots import Chart, WinRateChart, legend, png, svg
+from rayrlhf.evaluation.report_models import comparison_facts, model_table, response_samples, score_charts
 from rayrlhf.evaluation.report_tables import (
     Columns,
     comparison_table,
@@ -35,16 +36,26 @@ _TRAINING_SAMPLES = 12
 
 def write_report(run_dirs: Sequence[Path], out: Path, *, pngs: bool = False) -> Path:
     """Write the report of these runs: what they are, what training changed, curves, distributions, win rates, samples, health,
-    gates, findings in the data, configurations. Several runs stand beside each other, with the same axes.
+    gates, findings in the data, configurations. Several runs stand beside each other, with the same axes. A run may be an
+    evaluation, whose models are compared.
 
     Of each run's folder it reads ``config.yaml``, ``metrics.jsonl``, ``evaluations.jsonl``, ``samples.jsonl``, ``log.txt``
     as a run writes them, and where they are there:
 
+    - ``model_step.json``: ``{"kept_step"}``: step whose model was written; without it, the last evaluation is that of the
+      model.
     - ``health.jsonl``, an object a line: step, since, rule, severity (``note``, ``warning``, ``critical``), seen, means, turn.
     - ``gates.json``: ``{"passed": bool, "gates": [{"name", "passed": bool, "found", "wanted"}]}``.
     - ``data_check.json``: ``{"files": [...], "findings": [{"severity", "where", "kind", "text"}]}``.
     - ``win_rates.json``: ``[{"a", "b", "judge", "wins", "ties", "losses", "unjudged", "rate", "low", "high",
-      "confidence"}]``: names of the models and the judge, counts of prompts, numbers in [0, 1].
+      "confidence"}]``: names of the models and the judge, counts of prompts, numbers in [0, 1], null where nothing was judged.
+    - ``evaluation.json``, of models that were compared: ``{"prompts", "seed", "temperature", "reference", "judge", "scores",
+      "models"}``: ``scores`` names what scored by source (``reward``, ``safety``, ``helpfulness``), ``models`` has an object a
+      model, with its name, its path and the measures of `rayrlhf.evaluation.answers.measures_of`.
+    - ``responses.jsonl``, a line a prompt: ``{"where", "prompt", "models", "verdicts"}``; ``models`` has by name ``{"response",
+      "tokens", "finish_reason", "scores", "failures", "kl", "known_nll", "known_tokens"}``: scores by source, null with a cause
+      in ``failures`` where there is none; ``verdicts`` the judge's, ``{"a", "b", "first", "second", "failures"}``: of the two
+      models, with A's response shown first, with B's, and why there is none.
     - ``reward_hacking.json``: an object with outcome, pearson, spearman, parted_at, verdict.
 
     What can't be read (a torn line, a file that is no JSON) is left out, and the report says so.
@@ -122,6 +133,7 @@ class _Page:
         self.further = report_charts.further_curves(runs)
         self.stages = [(run.name, chart) for run in runs if (chart := report_charts.stage_times(run)) is not None]
         self.distributions = report_charts.distributions(runs)
+        self.distributions += [chart for run in runs for chart in score_charts(run, len(runs) > 1)]
         self.win_rates = report_charts.win_rate_chart(runs)
 
     def charts(self) -> Iterable[Chart]:
@@ -149,7 +161,8 @@ class _Page:
             style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
             title=", ".join(run.name for run in runs),
             several=several,
-            runs=[(run, facts(run)) for run in runs],
+            runs=[(run, facts(run) if run.compared is None else comparison_facts(run)) for run in runs],
+            compared=[(run.name, models) for run in runs if (models := model_table(run)) is not None],
             headlines=[] if several else headlines(runs[0]),
             comparison=comparison_table(runs) if several else None,
             outcomes=[(run.name, table) for run in runs if (table := outcome_table(run)) is not None],
@@ -159,7 +172,7 @@ class _Page:
             distributions=[_figure(chart) for chart in self.distributions],
             win_rates=None if self.win_rates is None else _figure(self.win_rates),
             unjudged=_unjudged(runs),
-            samples=samples_side_by_side(runs),
+            samples=samples_side_by_side(runs) + response_samples(runs),
             training_samples=[(run.name, run.samples[-_TRAINING_SAMPLES:][::-1]) for run in runs if run.samples],
             health=[(run.name, _latest_warnings(run)) for run in runs if run.health],
             gates=[(run.name, run.gates, _rows(run.gates, "gates")) for run in runs if run.gates is not None],
@@ -191,7 +204,7 @@ def _unjudged(runs: Sequence[RunFolder]) -> list[str]:
     """Comparisons in which prompts went without a verdict."""
     rows = {(str(row.get("a")), str(row.get("b")), str(row.get("judge"))): row for run in runs for row in run.win_rates}
     return [
-        f"{a} against {b}: {row['unjudged']} prompts have no verdict and count nowhere"
-        for (a, b, _), row in rows.items()
+        f"{a} against {b}, judged by {judge}: {row['unjudged']} prompts have no verdict and count nowhere"
+        for (a, b, judge), row in rows.items()
         if row.get("unjudged")
     ]

@@ -15,18 +15,25 @@ __all__ = [
     "Cell",
     "Columns",
     "Outcome",
+    "SAMPLES",
     "SampleRow",
+    "Sided",
     "comparison_table",
     "config_differences",
+    "data_of",
+    "extremes",
     "facts",
     "headlines",
     "outcome_table",
     "samples_side_by_side",
+    "time_of",
     "visible",
 ]
 
-_SAMPLES = 8
-_EXTREMES = 3
+SAMPLES = 8
+"""Prompts whose responses a report shows, besides those that are picked."""
+_AT_EACH_END = 3
+_RATES = 4  # win rates among the headlines of a comparison of models
 _LONGEST_TEXT = 4000  # characters of a prompt or response
 
 
@@ -71,10 +78,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The first and the last evaluation of a run."""
+    """The first evaluation of a run, and that of the model which it wrote."""
 
-    before_step: int
-    after_step: int
+    before: str
+    """Step."""
+    after: str
     prompts: str
     rows: list[tuple[str, Cell, Cell, Cell]]
     """Label, before, after, change."""
@@ -113,7 +121,7 @@ def _character(c: str) -> str:
     return c.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def _clipped(text: object) -> str:
+def clipped(text: object) -> str:
     shown = visible(text)
     more = len(shown) - _LONGEST_TEXT
     return shown if more <= 0 else f"{shown[:_LONGEST_TEXT]} [... {more:,} more characters]"
@@ -131,16 +139,22 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         ("Model", run.setting("policy", "path")),
         ("Adapters", "LoRA" if run.setting("policy", "lora") else None),
         ("Reward", _reward(run)),
-        ("Data", _data(run)),
+        ("Data", data_of(run)),
         ("Steps", _steps(run)),
-        ("Time", _time(run)),
+        ("Time", time_of(run)),
         ("Tokens", f"{math.fsum(run.curve('tokens')[1]):,.0f}" if run.curve("tokens")[0] else None),
         ("Precision", run.setting("policy", "dtype")),
         ("Seed", run.setting("seed")),
-        ("Model at the end", "written" if (run.folder / "model" / "config.json").exists() else "not written"),
+        ("Model at the end", _written(run)),
         ("Folder", run.folder),
     ]
     return [(name, visible(value)) for name, value in found if value is not None]
+
+
+def _written(run: RunFolder) -> str:
+    if not (run.folder / "model" / "config.json").exists():
+        return "not written"
+    return "written" if run.kept_step is None else f"written, of step {run.kept_step}"
 
 
 def _reward(run: RunFolder) -> str | None:
@@ -151,7 +165,7 @@ def _reward(run: RunFolder) -> str | None:
     return ", ".join(str(name) for name in names if name) or None
 
 
-def _data(run: RunFolder) -> str | None:
+def data_of(run: RunFolder) -> str | None:
     source = run.setting("data", "prompts") or run.setting("data", "train")
     if isinstance(source, list):
         return ", ".join(str(s.get("path")) for s in source if isinstance(s, dict))
@@ -166,7 +180,7 @@ def _steps(run: RunFolder) -> str | None:
     return f"{done} of {total}" if total else str(done)
 
 
-def _time(run: RunFolder) -> str | None:
+def time_of(run: RunFolder) -> str | None:
     spent = math.fsum(run.curve("timing/total_s")[1])
     in_steps = f"{duration(spent)} in steps" if spent else ""
     if run.started is None or run.ended is None:
@@ -225,42 +239,60 @@ def outcome_table(run: RunFolder) -> Outcome | None:
     """Before and after, with standard errors where there are any; None with fewer than two evaluations."""
     if len(run.evaluations) < 2:
         return None
-    before, after = run.evaluations[0], run.evaluations[-1]
+    before, after = run.evaluations[0], run.outcome
+    assert after is not None
     rows = [(m.label, _cell(m, before), _cell(m, after), _change(m, before, after)) for m in _measures([before, after])]
     counts = {str(e["prompts"]) for e in (before, after) if "prompts" in e}
-    return Outcome(before["step"], after["step"], " and ".join(sorted(counts)), rows)
+    return Outcome(f"step {before['step']}", run.step_name(after), " and ".join(sorted(counts)), rows)
 
 
 def comparison_table(runs: Sequence[RunFolder]) -> Columns | None:
-    """A row a run, a column a measure of its last evaluation; the first row is the first run's first evaluation."""
-    evaluated = [run for run in runs if run.evaluations]
+    """A row a run, a column a measure of the model that it wrote; the first row is the first run's first evaluation."""
+    evaluated = [(run, after) for run in runs if (after := run.outcome) is not None]
     if not evaluated:
         return None
-    start = evaluated[0].evaluations[0]
-    lasts = [run.evaluations[-1] for run in evaluated]
-    measures = _measures([start, *lasts])
-    rows = [(f"before ({evaluated[0].name})", [_cell(m, start) for m in measures])]
-    for run, last in zip(evaluated, lasts, strict=True):
-        cells = [Cell(_cell(m, last).text, _change(m, start, last).tone) for m in measures]
-        rows.append((f"{run.name} ({run.setting('algorithm') or 'ppo'}, step {last['step']})", cells))
+    first = evaluated[0][0]
+    start = first.evaluations[0]
+    measures = _measures([start, *(after for _, after in evaluated)])
+    rows = [(f"before ({first.name})", [_cell(m, start) for m in measures])]
+    for run, after in evaluated:
+        cells = [Cell(_cell(m, after).text, _change(m, start, after).tone) for m in measures]
+        rows.append((f"{run.name} ({run.setting('algorithm') or 'ppo'}, {run.step_name(after)})", cells))
     return Columns([m.label for m in measures], rows)
+
+
+def _headline_rates(run: RunFolder) -> list[dict[str, Any]]:
+    """The first win rate; of a comparison, all judges' on two models, or the first judge's on several."""
+    if run.compared is None:
+        return run.win_rates[:1]
+    judges = [row.get("judge") for row in run.win_rates]
+    several = len(run.compared["models"]) > 2
+    rows = [row for row, judge in zip(run.win_rates, judges, strict=True) if not several or judge == judges[0]]
+    return rows[:_RATES]
 
 
 def headlines(run: RunFolder) -> list[tuple[str, str, str]]:
     """The few numbers that count, as (what, value, beside it)."""
     found = []
-    if len(run.evaluations) > 1:
-        before, after = run.evaluations[0], run.evaluations[-1]
+    after = run.outcome
+    if len(run.evaluations) > 1 and after is not None:
+        before = run.evaluations[0]
         for measure in _measures([before, after])[:3]:
             new = _scaled(measure, after, measure.value)
             if new is not None:
                 sign = "%" if measure.percent else ""
                 beside = f"before {_cell(measure, before).text}"
+                if after is not run.evaluations[-1]:
+                    beside += f"; {run.step_name(after)}"
                 found.append((measure.label, fixed(new, measure.decimals) + sign, beside))
-    for row in run.win_rates[:1]:
+    for row in _headline_rates(run):
         if finite(row.get("rate")) is not None:
-            interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
-            found.append((f"Wins against {visible(row.get('b', '?'))}", f"{100 * row['rate']:.1f}%", interval))
+            beside = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+            what = f"Wins against {visible(row.get('b', '?'))}"
+            if run.compared is not None:
+                what = f"{visible(row.get('a', '?'))}: {what[0].lower()}{what[1:]}"
+                beside += f", by {visible(row.get('judge', '?'))}"
+            found.append((what, f"{100 * row['rate']:.1f}%", beside))
     if run.gates is not None:
         found.append(("Quality gate", "passed" if run.gates.get("passed") is True else "failed", ""))
     if run.health:
@@ -273,15 +305,17 @@ def headlines(run: RunFolder) -> list[tuple[str, str, str]]:
 
 
 @dataclass
-class _Sided:
+class Sided:
     """Samples of one prompt, by who made them."""
 
     prompt: str
     by: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    """Each with ``response`` and ``score``."""
 
     def row(self, note: str = "") -> SampleRow:
-        told = [(visible(who), fixed(s.get("score"), 3), _clipped(s.get("response", ""))) for who, s in self.by]
-        return SampleRow(_clipped(self.prompt), told, note)
+        """For a report."""
+        told = [(visible(who), fixed(s.get("score"), 3), clipped(s.get("response", ""))) for who, s in self.by]
+        return SampleRow(clipped(self.prompt), told, note)
 
 
 def samples_side_by_side(runs: Sequence[RunFolder]) -> list[SampleRow]:
@@ -291,27 +325,29 @@ def samples_side_by_side(runs: Sequence[RunFolder]) -> list[SampleRow]:
     if not evaluated:
         return []
     columns = [("before", _samples(evaluated[0].evaluations[0]))]
-    columns += [("after" if len(runs) == 1 else run.name, _samples(run.evaluations[-1])) for run in evaluated]
+    columns += [("after" if len(runs) == 1 else run.name, _samples(run.outcome or {})) for run in evaluated]
     pairs = pair_samples({"samples": columns[0][1]}, {"samples": columns[1][1]}, len(columns[0][1]))
-    sided = {before["prompt"]: _Sided(before["prompt"], [("before", before)]) for before, _ in pairs}
+    sided = {before["prompt"]: Sided(before["prompt"], [("before", before)]) for before, _ in pairs}
     for who, samples in columns[1:]:
         first = {s["prompt"]: s for s in reversed(samples)}
         for prompt, row in sided.items():
             if prompt in first:
                 row.by.append((who, first[prompt]))
     rows = list(sided.values())
-    shown = [row.row() for row in rows[:_SAMPLES]]
-    return shown + (_extremes(rows[_SAMPLES:]) if len(runs) == 1 else [])
+    shown = [row.row() for row in rows[:SAMPLES]]
+    return shown + (extremes(rows[SAMPLES:]) if len(runs) == 1 else [])
 
 
-def _extremes(rows: Sequence[_Sided]) -> list[SampleRow]:
-    def gain(row: _Sided) -> float:
+def extremes(rows: Sequence[Sided]) -> list[SampleRow]:
+    """Those whose score rises and falls the most, from the first response to the last."""
+
+    def gain(row: Sided) -> float:
         scores = [finite(sample.get("score")) for _, sample in row.by]
         return scores[-1] - scores[0] if scores[0] is not None and scores[-1] is not None else 0.0
 
     ranked = sorted(rows, key=gain)
-    fell = [row.row("picked: among the largest losses of score") for row in ranked[:_EXTREMES] if gain(row) < 0]
-    rose = [row.row("picked: among the largest gains of score") for row in ranked[::-1][:_EXTREMES] if gain(row) > 0]
+    fell = [row.row("picked: among the largest losses of score") for row in ranked[:_AT_EACH_END] if gain(row) < 0]
+    rose = [row.row("picked: among the largest gains of score") for row in ranked[::-1][:_AT_EACH_END] if gain(row) > 0]
     return rose + fell
 
 

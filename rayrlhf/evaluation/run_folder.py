@@ -19,7 +19,7 @@ __all__ = ["RunFolder", "read_runs"]
 
 _STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d{4}) (\w+) +(.*)$")
 _LOG_LINES = 60  # warnings and errors of the log that a report shows
-_PART_FILES = ("metrics.jsonl", "evaluations.jsonl")
+_PART_FILES = ("metrics.jsonl", "evaluations.jsonl", "evaluation.json")
 
 
 @dataclass
@@ -43,6 +43,12 @@ class RunFolder:
     """Times of the first and last line of the log."""
     log: list[tuple[str, str, str]]
     """Time, level and text of the log's warnings and errors: the last 60."""
+    kept_step: int | None = None
+    """Step whose model was written, as ``model_step.json`` says; None: that of the last step."""
+    compared: dict[str, Any] | None = None
+    """Of a comparison of models, ``evaluation.json``."""
+    responses: list[dict[str, Any]] = field(default_factory=list)
+    """And ``responses.jsonl``."""
     unread: list[str] = field(default_factory=list)
     """What could not be read, each with its file and line."""
 
@@ -54,6 +60,17 @@ class RunFolder:
         """Steps and finite values of a measure of the evaluations."""
         return _column(self.evaluations, measure)
 
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """The evaluation of the model that was written: that of its step, or else the last one; None without any."""
+        kept = (row for row in self.evaluations if row["step"] == self.kept_step)
+        return next(kept, self.evaluations[-1] if self.evaluations else None)
+
+    def step_name(self, evaluation: dict[str, Any]) -> str:
+        """The step of an evaluation, in words; with which one was kept, where later ones weren't."""
+        step = evaluation["step"]
+        return f"kept, step {step}" if step == self.kept_step != self.evaluations[-1]["step"] else f"step {step}"
+
     def setting(self, *path: str) -> Any:
         """The value at a key of the configuration; None where it isn't there."""
         value: Any = self.config
@@ -63,22 +80,38 @@ class RunFolder:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
-    """The runs in these folders, in order, with names that differ.
+    """The runs in these folders, in order, with names that differ. A pipeline's folder stands for its stages.
 
     Raises:
         InputRefused: for each folder that isn't there or holds no run; nothing is read then.
     """
     problems = []
+    folders = [run for folder in folders for run in _stages_of(folder)]
     if not folders:
         problems.append("no run's folder was given")
     for folder in folders:
         if not folder.is_dir():
             problems.append(f"{folder}: no such folder")
-        elif not any((folder / name).is_file() for name in _PART_FILES):
-            problems.append(f"{folder}: holds no run: there is neither {' nor '.join(_PART_FILES)}")
+        elif not _holds_run(folder):
+            problems.append(f"{folder}: holds no run: there is none of {', '.join(_PART_FILES)}")
     if problems:
         raise InputRefused(problems)
     return [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _PART_FILES)
+
+
+def _stages_of(folder: Path) -> list[Path]:
+    """The stages of a pipeline that hold a run, in order; of another folder itself."""
+    try:
+        stages = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))["stages"]
+    except FileNotFoundError:
+        return [folder]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputRefused(f"{folder}/pipeline.json: can't be read as a pipeline's state ({error})") from error
+    return [folder / name for name in stages if _holds_run(folder / name)] or [folder]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -121,6 +154,9 @@ def _read(folder: Path, name: str) -> RunFolder:
         started=stamps[0] if stamps else None,
         ended=stamps[-1] if stamps else None,
         log=log,
+        kept_step=_kept_step(folder / "model_step.json", unread),
+        compared=_compared(folder / "evaluation.json", unread),
+        responses=_rows(folder / "responses.jsonl", unread, "models", dict),
         unread=unread,
     )
 
@@ -142,8 +178,8 @@ def _text(path: Path, unread: list[str]) -> str:
         return raw.decode("utf-8", "replace")
 
 
-def _rows(path: Path, unread: list[str]) -> list[dict[str, Any]]:
-    """The lines that are JSON objects with a whole number ``step``."""
+def _rows(path: Path, unread: list[str], key: str = "step", kind: type = int) -> list[dict[str, Any]]:
+    """The lines that are JSON objects with a value of this kind at this key: a whole number ``step``, say."""
     rows, bad = [], []
     # Not splitlines: a response may hold a U+2028.
     for number, line in enumerate(_text(path, unread).split("\n"), start=1):
@@ -153,14 +189,16 @@ def _rows(path: Path, unread: list[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and type(row.get("step")) is int:
+        if isinstance(row, dict) and type(row.get(key)) is kind:
             rows.append(row)
         else:
             bad.append(number)
     if bad:
         shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         lines = "line" if len(bad) == 1 else "lines"
-        unread.append(f"{path.name}: {lines} {shown}: no JSON object with a step; left out")
+        unread.append(
+            f"{path.name}: {lines} {shown}: no JSON object with {'a step' if key == 'step' else key}; left out"
+        )
     return rows
 
 
@@ -181,6 +219,31 @@ def _object(path: Path, unread: list[str]) -> dict[str, Any] | None:
         return value
     unread.append(f"{path.name}: no JSON object")
     return None
+
+
+def _kept_step(path: Path, unread: list[str]) -> int | None:
+    value = _object(path, unread)
+    if value is None:
+        return None
+    step = value.get("kept_step")
+    if type(step) is not int:
+        unread.append(f"{path.name}: no whole number kept_step")
+        return None
+    return step
+
+
+def _compared(path: Path, unread: list[str]) -> dict[str, Any] | None:
+    """A comparison of models, where it has any."""
+    value = _object(path, unread)
+    if value is None:
+        return None
+    models = value.get("models")
+    if not isinstance(models, list) or not models or not all(isinstance(m, dict) and "name" in m for m in models):
+        unread.append(f"{path.name}: no list of models with names")
+        return None
+    labels = value.get("scores")
+    scores = {str(k): str(v) for k, v in labels.items()} if isinstance(labels, dict) else {}
+    return {**value, "scores": scores, "temperature": finite(value.get("temperature"))}
 
 
 def _comparisons(path: Path, unread: list[str]) -> list[dict[str, Any]]:

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from rayrlhf.models.heads import ScalarModel
 from rayrlhf.models.loading import SCORE_SHIFT, scorer_class
+from rayrlhf.models.tokenizer import Padding
 
 __all__ = ["gathered_adapters", "named_weights", "save_model_folder", "save_reward_folder"]
+
+PADDING_SAID = "rayrlhf_padding"
+"""Key of a reward model's configuration: why its padding token isn't the tokenizer's."""
 
 
 def named_weights(lm: nn.Module, *, zero_stage: int, group_bytes: int = 2**28) -> Iterator[tuple[str, Tensor]]:
@@ -116,6 +120,7 @@ def save_reward_folder(
     path: str,
     mean: float,
     deviation: float,
+    padding: Padding | None = None,
 ) -> None:
     """Write a reward model as a Hugging Face sequence-classification folder whose scores are (score - mean) / deviation.
 
@@ -129,6 +134,8 @@ def save_reward_folder(
         path: what the model was made from, for messages.
         mean: taken off each score.
         deviation: what each score is divided by, > 0.
+        padding: what stands in the configuration as ``pad_token_id``, without which transformers takes no batch; what is said
+            of it stands there as ``rayrlhf_padding``. None: the configuration's own stays.
 
     Raises:
         ValueError: for a deviation that isn't above 0.
@@ -149,6 +156,9 @@ def save_reward_folder(
     state[f"{head_name}.weight"] = (weight / deviation).float()
     config = copy.deepcopy(model.backbone.config)
     config.num_labels, config.architectures = 1, [made.__name__]
+    if padding is not None:
+        config.get_text_config().pad_token_id = padding.id
+        setattr(config, PADDING_SAID, padding.said)
     if has_bias:
         state[f"{head_name}.bias"] = torch.tensor([shift], dtype=torch.float32)
         setattr(config, SCORE_SHIFT, None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayrlhf.models.cpu import longest_unpadded, run_unpadded
 from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.logprobs import token_logprobs_and_entropy
 
@@ -33,8 +34,11 @@ def output_logits(lm: Any, hidden: Tensor) -> Tensor:
     return logits
 
 
-def hidden_states(backbone: Any, inputs: ModelInput) -> Tensor:
-    """Last hidden states [B * L, H]."""
+def hidden_states(backbone: Any, inputs: ModelInput, places: Tensor) -> Tensor:
+    """Last hidden states [N, H] at ``places``, int64 [N], positions in the flat rows of the input."""
+    grid = inputs.grid
+    if grid is not None and inputs.input_ids.device.type == "cpu" and grid.width <= longest_unpadded(backbone):
+        return run_unpadded(backbone, grid).index_select(0, grid.token_at[places])
     how = {} if inputs.position_ids is None else {"position_ids": inputs.position_ids}
     mask = inputs.attention_mask
     if mask is not None and backbone.config._attn_implementation == "eager":
@@ -44,7 +48,7 @@ def hidden_states(backbone: Any, inputs: ModelInput) -> Tensor:
     if mask is not None:
         how["attention_mask"] = mask
     output = backbone(input_ids=inputs.input_ids, use_cache=False, **how)
-    return output.last_hidden_state.flatten(0, 1)
+    return output.last_hidden_state.flatten(0, 1).index_select(0, places)
 
 
 class PolicyModel(nn.Module):
@@ -57,7 +61,7 @@ class PolicyModel(nn.Module):
 
     def forward(self, inputs: ModelInput, temperature: float, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies, float32 [N] each, of ``inputs.targets``."""
-        hidden = hidden_states(self.lm.base_model, inputs)[inputs.predict]
+        hidden = hidden_states(self.lm.base_model, inputs, inputs.predict)
         return token_logprobs_and_entropy(
             lambda states: output_logits(self.lm, states),
             hidden,
@@ -83,6 +87,5 @@ class ScalarModel(nn.Module):
 
     def forward(self, inputs: ModelInput) -> tuple[Tensor, Tensor]:
         """Values before each of ``inputs.targets`` [N], and after the last token of each sample [S]."""
-        hidden = hidden_states(self.backbone, inputs)
-        both = self.read(torch.cat([hidden[inputs.predict], hidden[inputs.last]]))
+        both = self.read(hidden_states(self.backbone, inputs, torch.cat([inputs.predict, inputs.last])))
         return both[: len(inputs.predict)], both[len(inputs.predict) :]

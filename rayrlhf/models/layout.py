@@ -4,16 +4,20 @@ Only this module pads. Padding stands on the right, where causal attention can't
 packed rows have position ids that begin again at 0 with each sample, which transformers turns into block-diagonal (or
 variable-length) attention. Where two responses share their prompt, a row is prompt, first response, second response, and
 has a mask by which the second one doesn't see the first.
+
+Beside the rows there is a `Grid`, by which a model on a CPU computes neither padding nor masked attention.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayrlhf.batch import Batch, BatchError
+from rayrlhf.models.unpadded import Grid
 
 __all__ = [
     "ModelInput",
@@ -23,6 +27,9 @@ __all__ = [
     "pair_micro_batches",
     "plan_micro_batches",
 ]
+
+LITTLE_PADDING = 0.95
+"""Up to this share of real tokens, leaving out the padding is worth its price."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,12 @@ class ModelInput:
     """int64 [S], the hidden state of each sample's last token."""
     attention_mask: Tensor | None = None
     """bool [B, 1, L, L] where a prompt is shared: which position (rows) may attend to which; None: the model's own."""
+    grid: Grid | None = None
+    """The same tokens without padding, for a CPU; None where there is no padding and no mask."""
 
     def to(self, device: torch.device | str) -> ModelInput:
-        """The same on another device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        """The same on another device. The grid stays where it is: it is for a CPU."""
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return ModelInput(**moved)
 
 
@@ -122,6 +131,7 @@ def _lay_out(batch: Batch, indices: Tensor, packing: bool, wanted: Tensor) -> Mo
     local_start = torch.cumsum(lengths, 0) - lengths
     within = torch.arange(count) - torch.repeat_interleave(local_start, lengths)
     source = torch.repeat_interleave(batch.offsets[indices], lengths) + within
+    grid = None
     if packing:
         place, width = torch.arange(count), count
         input_ids, position_ids = tokens[source][None], within[None]
@@ -132,10 +142,22 @@ def _lay_out(batch: Batch, indices: Tensor, packing: bool, wanted: Tensor) -> Mo
         flat = torch.zeros(len(indices) * width, dtype=torch.int64)
         flat[place] = tokens[source]
         input_ids, position_ids = flat.view(len(indices), width), None
+        if count <= LITTLE_PADDING * len(indices) * width:
+            token_in = torch.zeros(len(indices) * width, dtype=torch.int64)
+            token_in[place] = torch.arange(count)
+            none = torch.zeros(0, dtype=torch.int64)
+            grid = Grid(tokens[source][None], within[None], width, token_in, place, none, none, token_in)
     chosen = wanted[source]
     ends = torch.cumsum(lengths, 0) - 1
     return ModelInput(
-        input_ids, position_ids, indices, place[chosen] - 1, tokens[source][chosen], source[chosen], place[ends]
+        input_ids,
+        position_ids,
+        indices,
+        place[chosen] - 1,
+        tokens[source][chosen],
+        source[chosen],
+        place[ends],
+        grid=grid,
     )
 
 
@@ -279,4 +301,47 @@ def _lay_out_shared(batch: Batch, pairs: Tensor, prompts: Tensor, wanted: Tensor
         where,
         torch.tensor(last, dtype=torch.int64),
         attend,
+        _shared_grid(batch, pairs, prompts, width),
+    )
+
+
+def _shared_grid(batch: Batch, pairs: Tensor, prompts: Tensor, row_width: int) -> Grid:
+    """Two sequences a pair, prompt and response; the prompt's tokens stand in both.
+
+    Args:
+        row_width: of the `ModelInput`'s rows of prompt, first response, second response.
+    """
+    begins, lengths = batch.offsets[pairs], batch.lengths[pairs]
+    width = int(lengths.max())
+    token_in = torch.zeros(2 * len(pairs) * width, dtype=torch.int64)
+    token_at = torch.zeros(len(pairs) * row_width, dtype=torch.int64)
+    source, position, cell, twice, second = [], [], [], [], []
+    done = 0
+    for row, prompt in enumerate(prompts.tolist()):
+        (first_begin, second_begin), (first, other) = begins[row].tolist(), lengths[row].tolist()
+        total = first + other - prompt
+        tokens = done + torch.arange(total)
+        source += [first_begin + torch.arange(first), second_begin + torch.arange(prompt, other)]
+        position += [torch.arange(first), torch.arange(prompt, other)]
+        above, below = 2 * row * width + torch.arange(first), (2 * row + 1) * width + torch.arange(other)
+        cell += [above, below[prompt:]]
+        twice.append(tokens[:prompt])
+        second.append(below[:prompt])
+        token_in[above], token_in[below[:prompt]], token_in[below[prompt:]] = (
+            tokens[:first],
+            tokens[:prompt],
+            tokens[first:],
+        )
+        token_at[row * row_width : row * row_width + total] = tokens
+        done += total
+    ids = batch["tokens"][torch.cat(source)][None]
+    return Grid(
+        ids,
+        torch.cat(position)[None],
+        width,
+        token_in,
+        torch.cat(cell),
+        torch.cat(twice),
+        torch.cat(second),
+        token_at,
     )

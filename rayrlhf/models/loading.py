@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,7 @@ def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype) -> Any:
         InputRefused: where weights are missing, or samples shall be packed which the model wouldn't keep apart.
     """
     config = load_config(path, trust_remote_code=model.trust_remote_code)
+    _refuse_lost_softcap(path, config, model)
     with quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -182,6 +184,16 @@ def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype) -> Any:
     _refuse_missing(path, found)
     _refuse_leaks(path, lm.base_model, model)
     return with_cpu_kernels(without_dropout(lm))
+
+
+def _refuse_lost_softcap(path: str, config: Any, model: ModelConfig) -> None:
+    """torch's attention knows no soft cap of attention logits (Gemma 2), and leaves it out in silence."""
+    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None and model.attention == "sdpa":
+        raise InputRefused(
+            f"model {path!r} caps its attention logits at {cap:g}, which the attention sdpa leaves out; set attention to eager "
+            "or flash_attention_2, or attn_logit_softcapping to null in the model's config.json"
+        )
 
 
 def without_dropout(model: Any) -> Any:
@@ -247,12 +259,14 @@ def prompt_sharing(backbone: Any, model: ModelConfig) -> PromptSharing | None:
     trial = Batch(torch.tensor([0, 6, 11]), {"tokens": tokens}, {"prompt_length": torch.tensor([3, 3])})
     (shared,) = pair_micro_batches(trial, 11, sharing=PromptSharing(6, 2**20), mask=None)
     (apart,) = pair_micro_batches(trial, 12, mask=None)
+    # With the masks, which every device can take; the grid that a CPU may have instead has a trial of its own.
+    shared, apart = replace(shared, grid=None), replace(apart, grid=None)
     with torch.no_grad():
         try:
-            found = hidden_states(backbone, shared)[shared.last].float()
+            found = hidden_states(backbone, shared, shared.last).float()
         except (TypeError, ValueError, RuntimeError, IndexError):  # a model whose attention takes no such mask
             return None
-        expected = hidden_states(backbone, apart)[apart.last].float()
+        expected = hidden_states(backbone, apart, apart.last).float()
     tolerance = 1e-4 if backbone.dtype == torch.float32 else 5e-2
     scale = float(expected.abs().max())
     return sharing if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale) else None
@@ -299,6 +313,7 @@ def _refuse_tied(lm: Any) -> None:
 
 def _backbone(path: str, model: ModelConfig, dtype: torch.dtype, num_layers: int | None) -> Any:
     config = load_config(path, trust_remote_code=model.trust_remote_code)
+    _refuse_lost_softcap(path, config, model)
     if num_layers is not None:
         shorten(config, num_layers, path)
     with quiet_loading():
@@ -365,6 +380,7 @@ def load_reward_model(
     config: Any = load_config(path, trust_remote_code=model.trust_remote_code)
     if getattr(config, "num_labels", 1) != 1:
         raise InputRefused(f"reward model {path!r} has {config.num_labels} labels; a reward model has exactly 1")
+    _refuse_lost_softcap(path, config, model)
     if num_layers is not None:
         shorten(config, num_layers, path)
     with quiet_loading():
@@ -377,6 +393,7 @@ def load_reward_model(
             output_loading_info=True,
         )
     _refuse_missing(path, found)
+    _refuse_bidirectional(path, classifier.base_model)
     _refuse_leaks(path, classifier.base_model, model)
     head = next((getattr(classifier, n) for n in HEADS if hasattr(classifier, n)), None)
     if not isinstance(head, nn.Linear):
@@ -385,6 +402,23 @@ def load_reward_model(
         )
     shift = (getattr(config, SCORE_SHIFT, None) or {}).get("shift", 0.0)
     return ScalarModel(with_cpu_kernels(without_dropout(classifier.base_model)), _shifted(head, shift))
+
+
+@torch.no_grad()
+def _refuse_bidirectional(path: str, backbone: Any) -> None:
+    """A model in which a token sees later ones (BERT, say) would see padding too, and has a pooler before its head."""
+    ids = (torch.arange(1, 7) % backbone.config.get_text_config().vocab_size)[None]
+    was_training = backbone.training
+    backbone.eval()
+    whole = backbone(input_ids=ids).last_hidden_state[0, :4].float()
+    part = backbone(input_ids=ids[:, :4]).last_hidden_state[0].float()
+    backbone.train(was_training)
+    tolerance = 1e-3 if backbone.dtype == torch.float32 else 5e-2
+    if not torch.allclose(whole, part, rtol=tolerance, atol=tolerance * float(part.abs().max())):
+        raise InputRefused(
+            f"reward model {path!r} ({type(backbone).__name__}) lets a token see those behind it; a reward model is read at "
+            "its last token, so only causal ones can be used"
+        )
 
 
 def _shifted(head: nn.Linear, shift: float) -> nn.Linear:

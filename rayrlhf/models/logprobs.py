@@ -1,7 +1,7 @@
 """Log-probabilities of sampled tokens without the logits of all tokens at once.
 
 The softmax is in float32 whatever the model's type. Logits exist for one chunk of tokens at a time; with more chunks
-than one, the backward pass computes each chunk's logits again.
+than one, the backward pass computes the logits of each but the last again.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def token_logprobs_and_entropy(
     parts = []
     for start in range(0, len(targets), chunk_tokens):
         states, wanted = hidden[start : start + chunk_tokens], targets[start : start + chunk_tokens]
-        if torch.is_grad_enabled():
+        # The last one is the first whose logits the backward pass needs, so computing them again would save nothing.
+        if torch.is_grad_enabled() and start + chunk_tokens < len(targets):
             parts.append(checkpoint(one_chunk, states, wanted, use_reentrant=False))
         else:
             parts.append(one_chunk(states, wanted))

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from rayrlhf.config import load_config
 from rayrlhf.errors import InputRefused
 
-__all__ = ["eos_token_ids", "load_tokenizer"]
+__all__ = ["Padding", "eos_token_ids", "load_tokenizer", "padding_of", "plain_prompts_are_chats"]
+
+
+class Padding(NamedTuple):
+    """What a reward model's batches are padded with by others than us."""
+
+    id: int
+    said: str | None
+    """Why it isn't the tokenizer's own padding token; None where it is."""
 
 
 def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -31,6 +41,18 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
         except (OSError, UnicodeDecodeError) as error:
             raise InputRefused(f"policy.chat_template: {chat_template!r} can't be read: {error}") from error
     return tokenizer
+
+
+def plain_prompts_are_chats(model: str, has_template: bool) -> bool:
+    """Whether a model takes a plain string as a user's message: as its run was trained, where ``model`` is ``RUN/model``;
+    of other models, where they have a chat template."""
+    run = Path(model).parent / "config.yaml"
+    if Path(model).name != "model" or not Path(model).is_dir() or not run.is_file():
+        return has_template
+    try:
+        return load_config(run).data.chat_template == "always"
+    except InputRefused:  # some other program's
+        return has_template
 
 
 def eos_token_ids(tokenizer: Any, model_path: str) -> list[int]:
@@ -55,3 +77,27 @@ def eos_token_ids(tokenizer: Any, model_path: str) -> list[int]:
             "could ever end; add eos_token_id to config.json or point policy.tokenizer at a tokenizer with one"
         )
     return sorted(set(found))
+
+
+def padding_of(tokenizer: Any, eos: Collection[int]) -> Padding:
+    """The token with which sequences that end with EOS can be padded, and still be told from their padding.
+
+    transformers reads a score at the last token that isn't the padding token, so padded with EOS a sequence would be read one
+    token too early. Where the tokenizer has no padding token, or it is EOS, another special token that ends no sequence takes
+    its place (unknown, beginning, any other); without one, EOS after all.
+
+    Args:
+        tokenizer: asked for its special tokens, and not changed.
+        eos: the tokens that end a response; at least one.
+    """
+    own = tokenizer.pad_token_id
+    if own is not None and own not in eos:
+        return Padding(own, None)
+    lack = "the tokenizer has no padding token" if own is None else "the tokenizer pads with its EOS"
+    others = [tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+    found = next((token for token in others if token is not None and token not in eos), None)
+    if found is None:
+        said = "and has no other special token: transformers reads the score of a sequence with EOS one token too early"
+        return Padding(min(eos), f"{lack}, {said}")
+    name = tokenizer.convert_ids_to_tokens(found)
+    return Padding(found, f"{lack}; {name} ends no sequence, so it can't be taken for the last token")

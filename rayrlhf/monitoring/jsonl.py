@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,9 +12,33 @@ from typing import Any
 
 from rayrlhf.errors import InputRefused, RunFailed
 
-__all__ = ["JsonlFile", "keep_before", "read_rows"]
+__all__ = ["JsonlFile", "keep_before", "read_rows", "restored", "storable"]
 
 logger = logging.getLogger(__name__)
+
+
+def storable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as JSON can hold it: numbers that aren't finite are null, and ``non_finite`` says what they were:
+    ``{"kl": null, "non_finite": {"kl": "nan"}}``. Inside lists and objects they are null alone."""
+    strange = {name: str(value) for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    kept = {name: _nulls(value) for name, value in row.items()}
+    return kept | {"non_finite": strange} if strange else kept
+
+
+def _nulls(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _nulls(inner) for key, inner in value.items()}
+    return [_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def restored(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What `storable` was given, with the numbers that ``non_finite`` tells of: what is null then was never measured."""
+    strange = row.get("non_finite", {})
+    return {
+        name: float(strange[name]) if name in strange else value for name, value in row.items() if name != "non_finite"
+    }
 
 
 class JsonlFile:

@@ -30,6 +30,9 @@ def test_kto_worked_numbers():
     assert at_zero.rewards.tolist() == pytest.approx([LN2, LN2]) and not at_zero.rewards.requires_grad
     _, higher = kto([LN2, LN2, 0.0], [True, False, True], LN2, beta=1.0, desirable_weight=3.0, undesirable_weight=0.5)
     assert higher.loss.tolist() == pytest.approx([1.5, 0.25, 2.0])
+    assert at_zero.correct.tolist() == [True, False]
+    _, sides = kto([0.5, -0.5, 0.5, -0.5, 0.1], [True, True, False, False, True], 0.2, beta=0.3)
+    assert sides.correct.tolist() == [True, False, False, True, False]
     _, halved = kto([2 * LN2], [False], 0.0, beta=0.5)
     assert halved.loss.tolist() == pytest.approx([2 / 3]) and halved.rewards.tolist() == pytest.approx([LN2])
 

@@ -73,7 +73,7 @@ class ModelWork:
 
 def main() -> None:
     channel = Channel()
-    workload, options = arguments()
+    workload, options = arguments(Workload.parse)
     torch.set_num_threads(workload.threads)
     work = ModelWork(workload, getattr(torch, options["dtype"]))
     serve(channel, work.step, torch=torch.__version__, transformers=transformers.__version__)

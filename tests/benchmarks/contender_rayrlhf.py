@@ -60,7 +60,7 @@ def last_row(folder: str) -> dict[str, Any]:
 
 def main() -> None:
     channel = Channel()
-    workload, options = arguments()
+    workload, options = arguments(Workload.parse)
 
     import shutil
 

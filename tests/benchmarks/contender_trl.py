@@ -88,7 +88,7 @@ def trainer(workload: Workload, dtype: str, callback: Any) -> Any:
 
 def main() -> None:
     channel = Channel()
-    workload, options = arguments()
+    workload, options = arguments(Workload.parse)
 
     import torch
     import transformers

@@ -34,7 +34,7 @@ def kv_cache_bytes(workload: Workload, item: int) -> int:
 
 def main() -> None:
     channel = Channel()
-    workload, options = arguments()
+    workload, options = arguments(Workload.parse)
 
     import torch
     import vllm

@@ -16,9 +16,17 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from workload import Workload
+
+class Job(Protocol):
+    """What contenders do, as text that both sides understand."""
+
+    def dump(self) -> str:
+        """As JSON."""
+
+
+Parsed = TypeVar("Parsed")
 
 
 class Channel:
@@ -40,9 +48,15 @@ class Channel:
         line = sys.stdin.readline()
         return bool(line) and json.loads(line)["command"] == "step"
 
-    def done(self, seconds: float, response_tokens: int | None = None, **phases: float) -> None:
-        """Report a step: its seconds, the response tokens that it generated, and seconds by phase."""
-        self._say("step", seconds=seconds, response_tokens=response_tokens, phases=phases)
+    def done(
+        self,
+        seconds: float,
+        response_tokens: int | None = None,
+        metrics: dict[str, float] | None = None,
+        **phases: float,
+    ) -> None:
+        """Report a step: its seconds, the response tokens that it generated, its metrics, and seconds by phase."""
+        self._say("step", seconds=seconds, response_tokens=response_tokens, metrics=metrics or {}, phases=phases)
 
 
 def serve(channel: Channel, step: Callable[[], dict[str, Any]], **facts: Any) -> None:
@@ -52,9 +66,9 @@ def serve(channel: Channel, step: Callable[[], dict[str, Any]], **facts: Any) ->
         channel.done(**step())
 
 
-def arguments() -> tuple[Workload, dict[str, Any]]:
+def arguments(parse: Callable[[str], Parsed]) -> tuple[Parsed, dict[str, Any]]:
     """What the benchmark started this contender with: the workload, and the contender's own options."""
-    return Workload.parse(sys.argv[1]), json.loads(sys.argv[2])
+    return parse(sys.argv[1]), json.loads(sys.argv[2])
 
 
 class ContenderFailed(Exception):
@@ -78,7 +92,7 @@ class Contender:
         name: str,
         python: str,
         script: str,
-        workload: Workload,
+        workload: Job,
         options: dict[str, Any],
         environment: dict[str, str],
         log: Path,

@@ -166,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show(result, console)
     if options.write:
         result["workload"].pop("folder")  # a temporary one, of this machine alone
-        options.write.write_text(json.dumps(result, indent=1) + "\n")
+        there = json.loads(options.write.read_text()) if options.write.exists() else {}
+        kept = {key: there[key] for key in ("examples",) if key in there}  # of run_examples.py
+        options.write.write_text(json.dumps(result | kept, indent=1) + "\n")
         console.print(f"written to {options.write}")
 
 

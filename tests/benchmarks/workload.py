@@ -96,7 +96,7 @@ def make(workload: Workload) -> int:
     # In a folder of its own: beside a Qwen2 model transformers reads it as a Qwen2 tokenizer, with the same vocabulary
     # but without the splitting at spaces. Of the reward model's tokenizer the vocabulary alone is looked at.
     for place in (workload.tokenizer, workload.scorer):
-        _tokenizer().save_pretrained(place)
+        word_tokenizer().save_pretrained(place)
 
     words = torch.randint(len(SPECIAL), VOCABULARY, (workload.prompts, workload.prompt_tokens)).tolist()
     lines = [json.dumps({"prompt": " ".join(f"t{i}" for i in row)}) for row in words]
@@ -142,7 +142,8 @@ def _keep_special_tokens_away(policy: Any) -> None:
         weight[: len(SPECIAL), 0] = -10.0
 
 
-def _tokenizer() -> Any:
+def word_tokenizer() -> Any:
+    """Words by their numbers, split at spaces; the special tokens come first."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -16,6 +16,9 @@ BASES = {
     "sft": (HERE / "base_sft.yaml").read_text(),
     "reward_model": (HERE / "base_reward_model.yaml").read_text(),
     "dpo": (HERE / "base_dpo.yaml").read_text(),
+    "sampling": (HERE / "base_sampling.yaml").read_text(),
+    "critique": (HERE / "base_critique.yaml").read_text(),
+    "evaluation": (HERE / "base_evaluation.yaml").read_text(),
 }
 BASE = BASES["ppo"]
 

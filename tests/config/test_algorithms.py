@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +11,36 @@ from typing import get_args
 
 import pytest
 
-from rayrlhf.config import ROOTS, Config, PreferenceConfig, RewardModelConfig, SFTConfig, dump_config, load_config
-from rayrlhf.config.base import RunConfig
+from rayrlhf.config import (
+    ROOTS,
+    Config,
+    CritiqueConfig,
+    ModelEvaluationConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    SamplingConfig,
+    SFTConfig,
+    dump_config,
+    load_config,
+)
+from rayrlhf.config.base import JobConfig, RunConfig
 from rayrlhf.config.choosing import ALGORITHM
-from rayrlhf.config.roots import keys_of
+from rayrlhf.config.roots import JOBS, TRAINED, keys_of
 
 ROOT = Path(__file__).parents[2]
-LEGAL = "one of ppo, sft, reward_model, dpo"
+LEGAL = "one of ppo, sft, reward_model, dpo, sampling, critique, evaluation"
 
 
 def test_each_algorithm_has_its_class(load, bases):
-    classes = {"ppo": Config, "sft": SFTConfig, "reward_model": RewardModelConfig, "dpo": PreferenceConfig}
-    assert classes == ROOTS and get_args(ALGORITHM) == tuple(ROOTS)
+    trained = {"ppo": Config, "sft": SFTConfig, "reward_model": RewardModelConfig, "dpo": PreferenceConfig}
+    jobs = {"sampling": SamplingConfig, "critique": CritiqueConfig, "evaluation": ModelEvaluationConfig}
+    classes = trained | jobs
+    assert classes == ROOTS and get_args(ALGORITHM) == tuple(ROOTS) == tuple(bases)
+    assert tuple(trained.values()) == TRAINED and tuple(jobs.values()) == JOBS
     for name, text in bases.items():
         config = load(text=text)
-        assert type(config) is classes[name] and config.algorithm == name and isinstance(config, RunConfig)
+        assert type(config) is classes[name] and config.algorithm == name and isinstance(config, JobConfig)
+        assert isinstance(config, RunConfig) == (name in trained)
         assert set(keys_of(type(config))) == set(type(config).model_fields)
 
 
@@ -87,14 +103,19 @@ def test_a_missing_one(refused, bases):
     [
         ("sft", "ppo.kl_coef=0.1", "ppo: belongs to the algorithm ppo; this file has algorithm sft; legal in the top"),
         ("dpo", "ppo.steps=1", "ppo: belongs to the algorithm ppo; this file has algorithm dpo; legal in the top"),
-        ("sft", "rollout.engines=2", "rollout: belongs to the algorithms ppo and dpo; this file has algorithm sft"),
+        ("sft", "rollout.engines=2", "rollout: belongs to the algorithms ppo, dpo, sampling, critique and evaluation;"
+         " this file has algorithm sft"),
         ("ppo", "training.epochs=2", "training: belongs to the algorithms sft, reward_model and dpo; this file has"
          " algorithm ppo, as none is named; legal in"),
         ("ppo", "reward_model.normalize=true", "algorithm ppo, as none is named; did you mean reward.sources.0.model?"),
-        ("sft", "data.prompts=a.jsonl", "data.prompts: belongs to the algorithm ppo; this file has algorithm sft; did"
-         " you mean data.train?"),
+        ("sft", "data.prompts=a.jsonl", "data.prompts: belongs to the algorithms ppo, sampling, critique and evaluation;"
+         " this file has algorithm sft; did you mean data.train?"),
         ("ppo", "data.max_tokens=9", "this file has algorithm ppo, as none is named; did you mean"
          " rollout.max_response_tokens?"),
+        ("sampling", "reward.gold.function=a:b", "reward.gold: belongs to the algorithm ppo; this file has algorithm"),
+        ("sampling", "checkpoint.keep=1", "checkpoint: belongs to the algorithms ppo, sft, reward_model and dpo; this"),
+        ("critique", "reward.ranks=2", "reward: belongs to the algorithms ppo and sampling; this file has algorithm"),
+        ("evaluation", "policy.path=m", "policy: belongs to the algorithms ppo, sft, reward_model, dpo, sampling and"),
         ("dpo", "monitoring.samples_per_step=2", "monitoring.samples_per_step: belongs to the algorithm ppo; this"),
         ("sft", "data.train_=a", "data.train_: there is no such key; did you mean data.train?"),
     ],
@@ -146,7 +167,7 @@ def test_sources_that_are_none(refused, bases, written, told):
 
 def test_a_list_of_words(load, refused, bases):
     assert load("guard.actions=[roll_back]", text=bases["dpo"]).guard.actions == ["roll_back"]
-    legal = "a list of any of halve_lr, raise_beta, roll_back"
+    legal = "a list of any of halve_lr, raise_beta, roll_back, or null"
     assert refused("guard.actions=[halve_lr, rollback]", text=bases["dpo"]) == [
         f"command line: guard.actions.1: found the text 'rollback'; legal in guard.actions: {legal}; did you mean"
         " roll_back?"
@@ -165,13 +186,14 @@ def test_a_partly_given_rollout_keeps_the_other_defaults(load, bases):
 # -- the files that come with it --------------------------------------------------------------------------------
 
 
-RUNS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("pipeline"))
+PIPELINE = re.compile(r"^algorithm: pipeline$", re.MULTILINE)
+RUNS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not PIPELINE.search(p.read_text()))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_configurations_load(path):
     config = load_config(path)
-    assert path.stem.startswith((config.algorithm, "quickstart"))
+    assert path.stem.startswith(({"sampling": "pairs"}.get(config.algorithm, config.algorithm), "quickstart"))
 
 
 @pytest.mark.parametrize("algorithm", [name for name in ROOTS if name != "ppo"])

@@ -11,9 +11,11 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.config import ROOTS, Config, dump_config, load_config, to_yaml
+from rayrlhf.config import ROOTS, ComparedModel, Config, dump_config, load_config, to_yaml
+from rayrlhf.config.base import RunConfig
 from rayrlhf.config.fields import all_fields
 from rayrlhf.config.reference import render
+from rayrlhf.config.roots import JOBS
 from rayrlhf.errors import RunFailed
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +81,13 @@ def test_without_optional_sections(load, tmp_path):
 
 
 MADE = {
-    "ppo": ["policy.lora={}", "critic.lora={}"],
+    "ppo": ["policy.lora={}", "critic.lora={}", "reward.gold={function: 'a:b'}"],
+    "sampling": [],
+    "critique": [],
+    "evaluation": [
+        *["scores.safety={function: 'a:b'}", "scores.helpfulness={function: 'a:b'}"],
+        "judge={url: 'http://host/v1', model: m}",
+    ],
     **{
         name: ["policy.lora={}", "data.train=[{path: a}]", "data.validation=[{path: b}]"]
         for name in ("sft", "reward_model", "dpo")
@@ -98,9 +106,11 @@ def test_each_key_has_its_doc_above_it(load, bases, algorithm):
     where = next(i for i, line in enumerate(lines) if line.strip().startswith("call_timeout_s:"))
     assert lines[where - 1].strip() == "# Deadline, in seconds, of each call of a role."
     keys = [line for line in lines if line.strip() and not line.strip().startswith("#")]
-    assert len(keys) == len(fields)
+    second_model = len(ComparedModel.model_fields) if algorithm == "evaluation" else 0
+    assert len(keys) == len(fields) + second_model
     top = [line.partition(":")[0] for line in keys if line[0].isalpha()]
-    assert top[:4] == ["algorithm", "run_dir", "seed", "policy"] and top[-1] == "cluster"
+    assert top[:4] == ["algorithm", "run_dir", "seed", "models" if algorithm == "evaluation" else "policy"]
+    assert top[-1] == "cluster" if ROOTS[algorithm] in JOBS else top[-4:] == list(RunConfig.model_fields)[-4:]
 
 
 def test_a_file_that_cannot_be_written(load, tmp_path):

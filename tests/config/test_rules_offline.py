@@ -9,7 +9,7 @@ from rayrlhf.config import ROOTS, broken_rules
 from rayrlhf.config.roots import OFFLINE
 from rayrlhf.config.rules import RULES
 
-SIMPO = ("dpo.loss=simpo", "guard.actions=[halve_lr]")
+SIMPO = ("dpo.loss=simpo",)
 UNMEASURED = ("guard.kl_prompts=0", "guard.max_kl=null")
 NOTHING_HELD_OUT = ("data.validation_fraction=0", "training.keep_best=false")
 
@@ -58,10 +58,10 @@ CASES = [
     ("dpo", "target_and_adaptive_beta", ["dpo.target_kl=0.05"], "dpo.target_kl", "never used", ["dpo.adaptive_beta=true"]),
     ("dpo", "target_and_adaptive_beta", ["dpo.adaptive_beta=true", "dpo.target_kl=0.1"], "dpo.target_kl", "below 0.1", ["guard.max_kl=0.2"]),
     ("dpo", "beta_pulls", [*SIMPO, "dpo.adaptive_beta=true", "dpo.target_kl=0.05"], "dpo.adaptive_beta", "doesn't pull", ["dpo.adaptive_beta=false", "dpo.target_kl=null"]),
-    ("dpo", "beta_pulls", ["dpo.loss=orpo"], "guard.actions", "any of halve_lr, roll_back", ["guard.actions=[halve_lr, roll_back]"]),
+    ("dpo", "beta_pulls", ["dpo.loss=orpo", "guard.actions=[raise_beta]"], "guard.actions", "any of halve_lr, roll_back", ["guard.actions=[halve_lr, roll_back]"]),
     ("dpo", "kl_is_measured", ["guard.kl_prompts=0"], "guard.max_kl", "no KL is measured", ["guard.max_kl=null"]),
     ("dpo", "kl_is_measured", [*UNMEASURED, "dpo.adaptive_beta=true", "dpo.target_kl=0.05"], "dpo.adaptive_beta", "no KL is measured", ["guard.kl_prompts=8"]),
-    ("dpo", "kl_is_to_reference", [*SIMPO, "reference=null"], "guard.kl_prompts", "there is no KL", [*UNMEASURED, "guard.actions=[halve_lr, raise_beta, roll_back]"]),
+    ("dpo", "kl_is_to_reference", [*SIMPO, "reference=null"], "guard.kl_prompts", "there is no KL", [*UNMEASURED]),
     ("dpo", "kl_is_to_reference", [*NOTHING_HELD_OUT], "guard.kl_prompts", "no examples are held out", UNMEASURED),
     ("dpo", "kl_is_of_policy", ["rollout.temperature=0.7"], "rollout.temperature", "legal: 1", ["rollout.temperature=1"]),
     ("dpo", "kl_is_of_policy", ["rollout.top_p=0.9"], "rollout.top_p", "legal: 1", ["rollout.top_p=1"]),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from rayrlhf.config import ROOTS
-from rayrlhf.config.fields import all_fields, choices, field_at, nearest_keys
+from rayrlhf.config.fields import all_fields, choices, element_of, field_at, nearest_keys
 from rayrlhf.config.words import CHOICE_SYNONYMS, KEY_SYNONYMS
 
 
@@ -78,7 +78,8 @@ def test_a_key_that_is_not_misspelt():
 
 def elements(annotation: Any) -> list[Any]:
     """The choices of an annotation, and of the elements of its lists."""
-    return choices(annotation) + [choice for part in get_args(annotation) for choice in choices(part)]
+    element = element_of(annotation)
+    return choices(annotation) + (choices(element) if element is not None else [])
 
 
 def test_suggestions_are_legal_keys():

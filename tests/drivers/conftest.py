@@ -12,9 +12,9 @@ from tests.drivers.runs import TinyWorld
 from tests.support.tiny import save_tiny_model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world(tmp_path_factory) -> TinyWorld:
-    """A model folder and prompts; runs get folders below it."""
+    """A model folder and prompts, for each file of tests; runs get folders below it."""
     folder: Path = tmp_path_factory.mktemp("world")
     save_tiny_model(folder / "model")
     chance = random.Random(0)

@@ -11,7 +11,13 @@ import torch
 from rayrlhf.algorithms import RunningMoments
 from rayrlhf.batch import Batch
 from rayrlhf.config import Config
-from rayrlhf.drivers.advantages import add_advantages, next_kl_coef, rollout_metrics, scores_to_learn_from
+from rayrlhf.drivers.advantages import (
+    add_advantages,
+    next_kl_coef,
+    rollout_metrics,
+    scores_to_learn_from,
+    variety,
+)
 from rayrlhf.drivers.experience import deal, prompt_batch
 from rayrlhf.drivers.minibatches import minibatch_schedule
 from rayrlhf.errors import RunFailed
@@ -130,6 +136,38 @@ def test_group_methods_compare_the_samples_of_a_place_in_the_step(batch: Batch, 
             mean = (total[i] + total[other]) / 2
             expected = (total[i] - mean) / math.sqrt((total[i] - mean) ** 2 + (total[other] - mean) ** 2)
         assert response(done, "advantages", i) == pytest.approx([expected] * RESPONSES[i], rel=1e-4)
+
+
+def of_responses(*responses: list[int]) -> Batch:
+    """Samples whose prompt is 9 9 9, then its place: equal prompts' bigrams, and a bigram over the border, don't count."""
+    tokens = [torch.tensor([9, 9, 9, i, *response]) for i, response in enumerate(responses)]
+    return Batch.from_samples({"tokens": tokens}, {"prompt_length": torch.full((len(responses),), 4)})
+
+
+@pytest.mark.parametrize(
+    ("responses", "distinct", "repeated"),
+    [
+        (([1, 2, 3], [4, 5, 6]), 1.0, 0.0),
+        (([1, 2, 1, 2, 1], [1, 2]), 2 / 5, 0.0),  # 12 21 12 21, 12
+        (([1, 2], [1, 2], [3], [1, 2]), 1 / 3, 3 / 4),
+        (([5], [5], [6]), 0.0, 2 / 3),
+        (([7, 7, 7, 7],), 1 / 3, 0.0),
+        (([1, 2], [2, 1], [0, 12], [1, 20]), 1.0, 0.0),
+        (([], [], [3, 0]), 1.0, 2 / 3),
+    ],
+)
+def test_variety_of_responses(responses: tuple, distinct: float, repeated: float):
+    assert variety(of_responses(*responses)) == pytest.approx({"distinct_2": distinct, "repeated_fraction": repeated})
+
+
+def test_variety_against_sets_of_pairs():
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 9, (60,), generator=generator).tolist()
+    responses = [torch.randint(0, 5, (n,), generator=generator).tolist() for n in lengths]
+    pairs = [p for r in responses for p in zip(r, r[1:], strict=False)]
+    found = variety(of_responses(*responses))
+    assert found["distinct_2"] == pytest.approx(len(set(pairs)) / len(pairs))
+    assert found["repeated_fraction"] == sum(responses.count(r) > 1 for r in responses) / 60 > 0
 
 
 def test_metrics_count_what_was_cut_and_how_old_it_is(batch: Batch):

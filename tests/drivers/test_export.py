@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -49,9 +50,19 @@ def test_an_adapter_is_merged_as_the_trainer_merges_it(world: OfflineWorld, adap
 
 def test_a_whole_model_is_copied(world: OfflineWorld, tmp_path) -> None:
     run = world.train("whole", "sft", {"training": STEPS})
-    export_model(run.folder, tmp_path / "out")
+    lines = export_model(run.folder, tmp_path / "out")
     again = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(again[name], weight) for name, weight in run.weights.items())
+    assert "no adapters were merged" in lines[0]
+
+
+@pytest.mark.parametrize(("algorithm", "what"), [("sft", "log-probabilities"), ("reward_model", "scores")])
+def test_what_was_merged_in_training_says_how_well(world: OfflineWorld, tmp_path, algorithm: str, what: str) -> None:
+    run = world.train(f"merged-{algorithm}", algorithm, {"policy": {"lora": LORA}, "training": STEPS})
+    checked = json.loads((run.folder / "model" / "merge_check.json").read_text())
+    assert checked["compared"] == what and 0 <= checked["difference"] < 1e-4
+    lines = export_model(run.folder, tmp_path / "out")
+    assert f"{what} differed by at most {checked['difference']:.2g} in float32" in lines[0]
 
 
 def test_a_broken_adapter_is_refused_and_nothing_is_left(adapter, tmp_path) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from rayrlhf.batch import Batch
 from rayrlhf.cluster.session import ray_session
 from rayrlhf.config import ClusterConfig
+from rayrlhf.config.offline import DPOConfig
+from rayrlhf.drivers import sft as sft_loop
+from rayrlhf.drivers.offline import OfflineRun
+from rayrlhf.drivers.preference_validation import of_labelled
 from rayrlhf.errors import InputRefused, RunFailed
 from tests.drivers.offline_runs import OfflineWorld
 from tests.support.tiny import save_tiny_model
@@ -32,6 +39,15 @@ def sft(world: OfflineWorld):
 @pytest.fixture(scope="module")
 def dpo(world: OfflineWorld):
     return world.train("dpo", "dpo")
+
+
+def strict_rows(file) -> list[dict[str, Any]]:
+    """Lines as any reader of JSON takes them, who knows no NaN."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
 
 
 # -- supervised fine-tuning -----------------------------------------------------------------------------------------
@@ -76,6 +92,46 @@ def test_sft_goes_on_as_if_it_had_not_been_interrupted(world: OfflineWorld, sft)
     assert again.same_weights(sft)
 
 
+def test_an_interrupted_validation_is_made_on_resume(world: OfflineWorld, sft, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step counts already: without it the run would end without its last validation, guard, and gate."""
+    validate = sft_loop.validate
+
+    def interrupted(run):
+        if run.state.step == 12:
+            raise KeyboardInterrupt
+        validate(run)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sft_loop, "validate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            world.train("last-validation", "sft")
+    again = world.train("last-validation", "sft", resume=True)
+    assert again.evaluations == sft.evaluations and again.same_weights(sft)
+
+
+def test_what_the_last_checkpoint_names_stays_kept(world: OfflineWorld, sft, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in step 9: the checkpoint of step 6 has step 4 as its best, though step 8 has been better since."""
+    finish = OfflineRun.finish_step
+
+    def dies(run, metrics, batch):
+        if run.state.step == 8:
+            raise RuntimeError("killed")
+        finish(run, metrics, batch)
+
+    monkeypatch.setattr(OfflineRun, "finish_step", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        world.train("killed", "sft")
+    assert kept(world.folder / "killed") == {"step-4", "step-8"}
+    assert "the run ends with RuntimeError: killed" in (world.folder / "killed" / "log.txt").read_text()
+    monkeypatch.undo()
+    again = world.train("killed", "sft", resume=True)
+    assert again.same_weights(sft) and kept(again.folder) == {"step-12"}
+
+
+def kept(folder) -> set[str]:
+    return {path.name for path in (folder / "kept").iterdir()}
+
+
 def test_early_stopping_ends_the_run_and_gives_the_best_model(world: OfflineWorld) -> None:
     sections = {
         "training": {"epochs": 30, "patience": 2, "validate_every_steps": 2},
@@ -87,6 +143,14 @@ def test_early_stopping_ends_the_run_and_gives_the_best_model(world: OfflineWorl
     assert len(losses) == best + 3 and len(run.metrics) < 180
     assert "stopping: 2 validations without a better one" in run.printed
     assert "the best validation" in run.printed
+
+
+def test_a_run_that_only_gets_worse_gives_back_the_model_it_began_with(world: OfflineWorld) -> None:
+    sections = {"training": {"max_steps": 4, "validate_every_steps": 2}, "policy": {"optimizer": {"lr": 3.0}}}
+    run = world.train("worse", "sft", sections)
+    assert "the final model is that of step 0, with which training began" in run.printed
+    before = load_file(world.folder / "model" / "model.safetensors")
+    assert all(torch.equal(run.weights[name], weight) for name, weight in before.items())
 
 
 # -- reward models --------------------------------------------------------------------------------------------------
@@ -117,6 +181,29 @@ def test_a_reward_model_learns_is_normalised_and_scores_for_ppo(world: OfflineWo
     assert float((scores[0::2] > scores[1::2]).float().mean()) == pytest.approx(best)
     failures = (run.folder / "failures.jsonl").read_text().splitlines()
     assert len(failures) == round((1 - best) * len(held_out))
+
+
+def test_a_reward_model_whose_tokenizer_pads_with_eos_takes_batches_by_transformers(world: OfflineWorld) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(world.folder / "model")
+    tokenizer.pad_token = "<eos>"
+    tokenizer.save_pretrained(world.folder / "padding")
+    sections = {
+        "policy": {"tokenizer": str(world.folder / "padding")},
+        "training": {"max_steps": 2, "validate_every_steps": 2},
+    }
+    run = world.train("padded", "reward_model", sections)
+    assert "note: the reward model's padding token is <bos>: the tokenizer pads with its EOS" in run.printed
+    again = AutoTokenizer.from_pretrained(run.folder / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(run.folder / "model").eval()
+    texts = ["w1 w2 w3 <eos>", "w4 <eos>"]
+    with torch.no_grad():
+        together = model(**again(texts, padding=True, return_tensors="pt")).logits[:, 0]
+        alone = torch.stack([model(**again(text, return_tensors="pt")).logits[0, 0] for text in texts])
+        cut = model(**again("w4", return_tensors="pt")).logits[0, 0]
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    assert abs(float(alone[1] - cut)) > 1e-3, "it is read at EOS"
 
 
 # -- preferences ----------------------------------------------------------------------------------------------------
@@ -182,6 +269,55 @@ def test_kto_takes_labelled_completions(world: OfflineWorld) -> None:
     first, last = run.evaluations[0], run.evaluations[-1]
     assert first["loss"] == pytest.approx(0.5, abs=1e-6), "sigmoid(0) for both kinds"
     assert last["rewards/margins"] > 0.05 and last["loss"] < first["loss"]
+    ratios, mismatched, desirable = log_ratios(world, run)
+    z_0 = max(sum(mismatched) / len(mismatched), 0.0)
+    right = [r > z_0 if good else r < z_0 for r, good in zip(ratios, desirable, strict=True)]
+    assert last["rewards/accuracies"] == pytest.approx(sum(right) / len(right))
+    assert 0 < sum(right) < len(right), "or it would say nothing"
+
+
+def test_ktos_accuracy_is_about_z_0() -> None:
+    """Log-ratios 0.5, 0.1 (desirable), 0.1, 0.2 (not) about z_0 = 0.3: the second one lies on the wrong side."""
+    samples = Batch.from_samples({"tokens": [torch.tensor([1])] * 6}).with_columns(
+        sample={
+            "desirable": torch.tensor([True, True, False, False, True, True]),
+            "mismatched": torch.tensor([False] * 4 + [True] * 2),
+        }
+    )
+    ratios, reference = torch.tensor([0.5, 0.1, 0.1, 0.2, 0.4, 0.2]).double(), torch.full((6,), -3.0).double()
+    run: Any = SimpleNamespace(config=SimpleNamespace(dpo=DPOConfig(loss="kto", beta=0.5)))
+    found = of_labelled(run, samples, reference + ratios, reference)
+    assert found["rewards/accuracies"] == 0.75 and found["examples"] == 4
+    assert found["rewards/margins"] == pytest.approx(0.5 * (0.3 - 0.15))
+
+
+def log_ratios(world: OfflineWorld, run) -> tuple[list[float], list[float], list[bool]]:
+    """Of the held-out examples: log p_policy - log p_reference of the completion, by transformers, and of the next
+    example's completion behind the same prompt; and whether it is a desirable one."""
+    from transformers import AutoModelForCausalLM
+
+    from rayrlhf.config import load_config
+    from rayrlhf.data import load_labelled
+    from rayrlhf.models.tokenizer import load_tokenizer
+
+    config = load_config(world.folder / f"{run.folder.name}.yaml")
+    tokenizer = load_tokenizer(str(world.folder / "model"))
+    held_out = load_labelled(config.data, tokenizer, seed=config.seed).validation
+    models = [AutoModelForCausalLM.from_pretrained(p).eval() for p in (run.folder / "model", world.folder / "model")]
+
+    def ratio(prompt: torch.Tensor, completion: torch.Tensor) -> float:
+        tokens = torch.cat([prompt, completion])
+        sums = []
+        for model in models:
+            with torch.no_grad():
+                rows = torch.log_softmax(model(tokens[None]).logits[0].double(), -1)
+            sums.append(sum(float(rows[t - 1, tokens[t]]) for t in range(len(prompt), len(tokens))))
+        return sums[0] - sums[1]
+
+    parts = [(e.tokens[~e.mask], e.tokens[e.mask]) for e in held_out]
+    own = [ratio(*part) for part in parts]
+    others = [ratio(parts[k][0], parts[(k + 1) % len(parts)][1]) for k in range(len(parts))]
+    return own, others, [bool(e.desirable) for e in held_out]
 
 
 def test_the_guard_acts_in_order_and_the_best_is_within_the_bound(world: OfflineWorld) -> None:
@@ -200,7 +336,10 @@ def test_the_guard_acts_in_order_and_the_best_is_within_the_bound(world: Offline
     rows = [json.loads(line) for line in (world.folder / "guarded" / "evaluations.jsonl").read_text().splitlines()]
     within = [row for row in rows if row["kl_per_token"] <= 0.05]
     gates = json.loads((world.folder / "guarded" / "gates.json").read_text())
-    assert gates["step"] == max(within, key=lambda row: row["rewards/margins"])["step"]
+    best = max(within, key=lambda row: row["rewards/margins"])["step"]
+    assert gates["step"] == best != rows[-1]["step"]
+    assert json.loads((world.folder / "guarded" / "model_step.json").read_text()) == {"kept_step": best}
+    assert kept(world.folder / "guarded") == {f"step-{step}" for step in (best, within[-1]["step"])}
 
 
 def test_a_run_that_learns_the_wrong_thing_fails_its_gate(world: OfflineWorld) -> None:
@@ -219,6 +358,8 @@ def test_a_run_that_learns_the_wrong_thing_fails_its_gate(world: OfflineWorld) -
     with pytest.raises(RunFailed, match="quality gate isn't passed: margin_positive"):
         world.train("wrong", "dpo", sections)
     assert (world.folder / "wrong" / "model" / "model.safetensors").exists()
+    last = json.loads((world.folder / "wrong" / "evaluations.jsonl").read_text().splitlines()[-1])["step"]
+    assert json.loads((world.folder / "wrong" / "model_step.json").read_text()) == {"kept_step": last}
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "reward_model", "dpo"])
@@ -276,3 +417,39 @@ def test_a_kl_that_is_not_finite_is_beyond_the_bound(world: OfflineWorld, monkey
     with pytest.raises(RunFailed, match="quality gate isn't passed: kl: KL nan"):
         world.train("not-finite", "dpo", sections)
     assert "halve_lr" in world.printed
+    rows = strict_rows(world.folder / "not-finite" / "evaluations.jsonl")
+    assert [row["kl_per_token"] for row in rows] == [None] * 3
+    assert all(row["non_finite"] == {"kl_per_token": "nan"} for row in rows)
+    page = (world.folder / "not-finite" / "report.html").read_text()
+    assert "quality gate" in page and "KL nan" in page, "a run that failed has its report too"
+
+
+def test_a_kl_that_is_not_measured_is_null_and_no_gate(world: OfflineWorld) -> None:
+    sections = {
+        "rollout": "default",
+        "guard": {"max_kl": None, "kl_prompts": 0},
+        "training": {"max_steps": 4, "validate_every_steps": 4},
+    }
+    run = world.train("no-kl", "dpo", sections)
+    rows = strict_rows(run.folder / "evaluations.jsonl")
+    assert [row["kl_per_token"] for row in rows] == [None, None] and not any("non_finite" in row for row in rows)
+    gates = json.loads((run.folder / "gates.json").read_text())["gates"]
+    assert [g["name"] for g in gates] == ["margin_positive", "margin_rising", "validation_better"]
+    assert "KL" not in "".join(line for line in run.printed.splitlines() if "validation on" in line)
+
+
+# -- what every run leaves ------------------------------------------------------------------------------------------
+
+
+def test_every_run_leaves_a_report(world: OfflineWorld, sft, dpo) -> None:
+    for run in (sft, dpo):
+        page = (run.folder / "report.html").read_text()
+        assert run.folder.name in page and "<svg" in page
+        assert f"The report: {run.folder / 'report.html'}" in run.printed
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(world: OfflineWorld) -> None:
+    (world.folder / "no-report" / "report.html").mkdir(parents=True)
+    run = world.train("no-report", "sft", {"training": {"max_steps": 2, "validate_every_steps": 2}})
+    assert "warning: no report.html: InputRefused" in run.printed and "The report:" not in run.printed
+    assert (run.folder / "model" / "model.safetensors").exists()

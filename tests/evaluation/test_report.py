@@ -123,6 +123,27 @@ def test_before_and_after_with_errors_worked_out_by_hand(tmp_path):
     assert "On 20 held-out prompts" in page.text and "words:count" in page.text and "4 of 4" in page.text
 
 
+def test_the_model_that_was_kept_is_the_one_after(tmp_path):
+    """The last of three evaluations isn't that of the model which was written."""
+    run, whole = make_run(tmp_path / "run"), make_run(tmp_path / "whole", final=0.6)
+    rows = [evaluation(0, 0.1, 0.03), evaluation(2, 0.7, 0.04), evaluation(4, 0.3, 0.04)]
+    write_rows(run / "evaluations.jsonl", rows)
+    last = report(tmp_path, run)
+    assert "after step 4" in last.text and "+0.200 ± 0.050" in last.text and "kept, step" not in last.text
+    (run / "model_step.json").write_text('{"kept_step": 2}')
+    page = report(tmp_path, run)
+    assert "before step 0 after kept, step 2" in page.text and "Score 0.100 ± 0.030 0.700 ± 0.040 +0.600" in page.text
+    assert "Score 0.700 before 0.100 ± 0.030; kept, step 2" in page.text
+    assert "r0 at 2" in page.text and "r0 at 4" not in page.text
+    (whole / "model_step.json").write_text('{"kept_step": 4}')
+    both = report(tmp_path, run, whole)
+    assert "run (ppo, kept, step 2) 0.700 ± 0.040" in both.text and "whole (ppo, step 4) 0.600 ± 0.040" in both.text
+    for broken in ("[2]", '{"kept_step": "2"}', '{"kept_step"'):
+        (run / "model_step.json").write_text(broken)
+        page = report(tmp_path, run)
+        assert "after step 4" in page.text and "model_step.json: no" in page.text
+
+
 def test_a_change_within_two_errors_is_not_called_one(tmp_path):
     page = report(tmp_path, make_run(tmp_path / "run", final=0.19))  # 0.09 is less than 2 x 0.05
     tones = [a["class"] for tag, a in page.tags if tag == "td" and a.get("class", "").startswith("number")]

@@ -83,7 +83,7 @@ def test_loaded_models_have_them(tmp_path) -> None:
     model = random_lm("Llama")
     model.save_pretrained(tmp_path)
     lm = load_causal_lm(str(tmp_path), ModelConfig(dtype="float32"), dtype=torch.float32)
-    assert lm.config._attn_implementation == "sdpa_short_in_float32"
+    assert lm.config._attn_implementation == "sdpa_for_cpu"
     eager = load_causal_lm(str(tmp_path), ModelConfig(dtype="float32", attention="eager"), dtype=torch.float32)
     assert eager.config._attn_implementation == "eager"
     assert isinstance(lm.lm_head, OneDnnLinear) is has_onednn()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rayrlhf.actors.policy import PolicyTrainer
+from rayrlhf.errors import RunFailed
 from rayrlhf.models.cpu import with_cpu_kernels
 from rayrlhf.models.export import named_weights
 from tests.models.making import LENGTHS, alone, config_of, parts_of, ragged_tokens, settings, training_batch
@@ -51,11 +52,59 @@ def test_the_saved_folder_is_the_trained_model(
     assert float((found.float() - logits(path)).abs().max()) > 1e-2, "it was trained"
 
 
+def adapted(path: Path, tmp_path: Path, dtype: str) -> PolicyTrainer:
+    """With adapters that have moved a long way."""
+    lora = {"rank": 4, "alpha": 16.0}
+    config = config_of(path, tmp_path, policy={"dtype": dtype, "lora": lora, "optimizer": {"lr": 3e-2}})
+    role = PolicyTrainer(alone(), config, str(path), "shared_memory", 10)
+    for step in range(5):
+        role.update(training_batch(), parts_of(ALL), step + 1)
+    return role
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "qwen"])
+def test_merged_adapters_compute_what_the_adapters_did(
+    name: str, dtype: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    role = adapted(request.getfixturevalue(name), tmp_path, dtype)
+    role.save_model(str(tmp_path / "model"))
+    assert sorted(p.name for p in tmp_path.iterdir() if "model" in p.name) == ["model"], "no half-written folder"
+    checked = json.loads((tmp_path / "model" / "merge_check.json").read_text())
+    assert 0 <= checked["difference"] < 0.7 * checked["tolerance"] and checked["dtype"] == dtype
+    with torch.no_grad():
+        expected = role.lm(input_ids=ragged_tokens()[0][1][None]).logits
+    assert float((logits(tmp_path / "model").float() - expected.float()).abs().max()) < (
+        1e-4 if dtype == "float32" else 0.2
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", ["left out", "twice", "nan"])
+def test_a_wrong_merge_is_not_written(
+    llama: Path, tmp_path: Path, dtype: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import Linear
+
+    role = adapted(llama, tmp_path, dtype)
+    role.save_model(str(tmp_path / "model"))
+    right, delta = logits(tmp_path / "model"), Linear.get_delta_weight
+    factor = {"left out": 0.0, "twice": 2.0, "nan": float("nan")}[fault]
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: factor * delta(self, adapter))
+    with pytest.raises(RunFailed, match="merging the adapters changes log-probabilities by"):
+        role.save_model(str(tmp_path / "model"))
+    assert torch.equal(logits(tmp_path / "model"), right), "the earlier folder stays"
+    with pytest.raises(RunFailed):
+        role.save_model(str(tmp_path / "another"))
+    assert not (tmp_path / "another").exists() and not (tmp_path / "another.partial").exists()
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_write_one_folder(qwen: Path, tmp_path: Path, stage: int, two_ranks: Ranks) -> None:
-    run = settings(qwen, tmp_path, policy={"zero_stage": stage})
-    two_ranks.run(save_and_export, kind="policy", path=str(qwen), settings=run, folder=str(tmp_path / "model"))
-    assert torch.equal(logits(tmp_path / "model"), logits(qwen))
+    for lora in (None, {"rank": 4}):  # which begin as nothing
+        run = settings(qwen, tmp_path, policy={"zero_stage": stage, "lora": lora})
+        two_ranks.run(save_and_export, kind="policy", path=str(qwen), settings=run, folder=str(tmp_path / "model"))
+        assert torch.equal(logits(tmp_path / "model"), logits(qwen))
 
 
 @pytest.mark.parametrize("group_bytes", [1, 30_000, 2**28])

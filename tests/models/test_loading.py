@@ -152,7 +152,7 @@ def test_a_critic_from_a_language_model_begins_at_0(name: str, request: pytest.F
 
 def test_first_layers_keep_their_kinds(tmp_path: Path) -> None:
     """Gemma 2 takes turns between two kinds of attention; the shortened list must match the layers."""
-    model = random_lm("Gemma2", num_hidden_layers=4, sliding_window=4)
+    model = random_lm("Gemma2", num_hidden_layers=4, sliding_window=4, attn_logit_softcapping=None)
     model.save_pretrained(tmp_path)
     critic = load_critic(str(tmp_path), SETTINGS, num_layers=3, dtype=torch.float32)
     assert critic.backbone.config.layer_types == model.config.layer_types[:3]

@@ -33,7 +33,7 @@ def save_family(folder: Path, family: str) -> Path:
         "llama": lambda: hf.LlamaConfig(**SIZES),
         "qwen2": lambda: hf.Qwen2Config(**SIZES),
         "mistral": lambda: hf.MistralConfig(**SIZES, sliding_window=WINDOW),
-        "gemma2": lambda: hf.Gemma2Config(**SIZES, head_dim=32, sliding_window=WINDOW),
+        "gemma2": lambda: hf.Gemma2Config(**SIZES, head_dim=32, sliding_window=WINDOW, attn_logit_softcapping=None),
         "gpt2": lambda: hf.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=2),
         "bloom": lambda: hf.BloomConfig(vocab_size=64, hidden_size=64, n_layer=2, n_head=2),
         "mamba": lambda: hf.MambaConfig(vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=2),
@@ -57,10 +57,15 @@ def computed(model: PolicyModel, batch: Batch, **how: Any) -> tuple[Tensor, dict
     return found, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, inputs
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["unpadded", "sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2"])
-def test_shared_prompts_change_nothing(family: str, attention: str, tmp_path: Path) -> None:
-    settings = ModelConfig(dtype="float32", attention=attention)  # type: ignore[arg-type]
+def test_shared_prompts_change_nothing(
+    family: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if attention == "sdpa":  # with masks, as on a GPU
+        monkeypatch.setattr("rayrlhf.models.heads.longest_unpadded", lambda backbone: 0)
+    kernel = "eager" if attention == "eager" else "sdpa"
+    settings = ModelConfig(dtype="float32", attention=kernel)  # type: ignore[arg-type]
     model = PolicyModel(load_causal_lm(str(save_family(tmp_path, family)), settings, dtype=torch.float32), 1000)
     sharing = prompt_sharing(model.lm.base_model, settings)
     assert sharing is not None
@@ -84,7 +89,7 @@ def test_shared_prompts_change_nothing(family: str, attention: str, tmp_path: Pa
 def test_bfloat16_on_our_kernels(llama: Path) -> None:
     settings = ModelConfig()
     lm = load_causal_lm(str(llama), settings, dtype=torch.bfloat16)
-    assert lm.config._attn_implementation == "sdpa_short_in_float32"
+    assert lm.config._attn_implementation == "sdpa_for_cpu"
     assert prompt_sharing(lm.base_model, settings) is not None
     model, batch = PolicyModel(lm, 1000), pair_batch()
     apart, _, _ = computed(model, batch, budget=1000)

@@ -15,7 +15,7 @@ from rayrlhf.actors.reward_trainer import RewardModelTrainer
 from rayrlhf.batch import Batch
 from rayrlhf.config.offline import RewardModelConfig
 from rayrlhf.config.trainers import ModelConfig
-from rayrlhf.errors import InputRefused
+from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.models.layout import micro_batches
 from rayrlhf.models.loading import load_critic, load_reward_model
 from tests.models import plain
@@ -177,6 +177,73 @@ def test_the_folder_gives_normalised_scores(
     assert stored["rayrlhf_score"]["shift"] == pytest.approx(-mean / deviation, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_agree_before_and_after_adapters_are_merged(
+    llama: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import Linear
+
+    lora = {"rank": 4, "alpha": 16.0}
+    role, batch = trainer(llama, tmp_path, dtype=dtype, lora=lora, optimizer={"lr": 1e-2}), pair_batch()
+    for k in range(10):
+        role.update(batch, parts_of(ALL), k + 1)
+    raw = role.scores(batch)["score"]
+    how = {"mean": float(raw.mean()), "deviation": float(raw.std())}
+    role.save_model(str(tmp_path / "model"), **how)
+    checked = json.loads((tmp_path / "model" / "merge_check.json").read_text())
+    assert 0 <= checked["difference"] < 0.7 * checked["tolerance"] and checked["compared"] == "scores"
+    found = scored(tmp_path / "model", batch, dtype)
+    off = 1e-5 if dtype == "float32" else 0.1
+    torch.testing.assert_close(found, (raw - how["mean"]) / how["deviation"], rtol=0, atol=off)
+    delta = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: 0.0 * delta(self, adapter))
+    with pytest.raises(RunFailed, match="merging the adapters changes scores by"):
+        role.save_model(str(tmp_path / "never"), **how)
+    assert not list(tmp_path.glob("never*"))
+
+
+SPECIAL: list[tuple[dict[str, Any], int, str | None]] = [
+    ({"pad_token": "<pad>"}, 0, None),
+    ({"pad_token": "<eos>"}, 1, "pads with its EOS; <bos>"),
+    ({"pad_token": None}, 1, "has no padding token; <bos>"),
+    ({"pad_token": None, "unk_token": "<pad>"}, 0, "has no padding token; <pad>"),
+    ({"pad_token": None, "bos_token": None}, 2, "no other special token"),
+]
+
+
+@pytest.mark.parametrize(("special", "expected", "said"), SPECIAL)
+def test_the_folder_takes_padded_batches_by_transformers(
+    scorer: Path, tmp_path: Path, special: dict[str, Any], expected: int, said: str | None
+) -> None:
+    """Each response ends with EOS, which a model that pads with EOS doesn't read."""
+    from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+    from rayrlhf.models.tokenizer import load_tokenizer, padding_of
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=load_tokenizer(str(scorer)).backend_tokenizer, **{"eos_token": "<eos>", "bos_token": "<bos>", **special}
+    )  # fmt: skip
+    padding = padding_of(tokenizer, [2])
+    assert padding.id == expected and (padding.said is None) == (said is None) and (said or "") in (padding.said or "")
+    role = trainer(scorer, tmp_path)
+    role.scalar.backbone.config.pad_token_id = None
+    role.save_model(str(tmp_path / "model"), padding=padding)
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert stored["pad_token_id"] == expected and stored.get("rayrlhf_padding") == padding.said
+    rows = [torch.tensor([*row, 2]) for row in ([5, 9, 11], [7, 3, 8, 40, 12, 6], [4])]
+    batch = Batch.from_samples({"tokens": rows})
+    width = max(len(row) for row in rows)
+    filled = torch.stack([torch.cat([row, torch.full((width - len(row),), padding.id)]) for row in rows])
+    mask = torch.stack([torch.arange(width) < len(row) for row in rows]).long()
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        found = classifier(input_ids=filled, attention_mask=mask).logits[:, 0]
+    mine = role.scores(batch)["score"]
+    assert torch.allclose(found, mine, rtol=0, atol=1e-5) == (expected != 2), (
+        "with EOS it can't be right, and that is said"
+    )
+
+
 def test_a_folder_without_normalising_keeps_the_scores(scorer: Path, tmp_path: Path) -> None:
     role, batch = trainer(scorer, tmp_path, dtype="bfloat16"), pair_batch()
     role.save_model(str(tmp_path / "model"))
@@ -199,7 +266,7 @@ def test_the_role_that_scores_rollouts_takes_it(llama: Path, tmp_path: Path) -> 
     tokenizer = load_tokenizer(str(llama))
     tokenizer.save_pretrained(tmp_path / "model")
     config = config_of(llama, tmp_path, reward={"dtype": "float32", "sources": [{"function": "nowhere:nothing"}]})
-    found = RewardModel(str(tmp_path / "model"), "model", config, tokenizer, alone()).score(batch)
+    found = RewardModel(str(tmp_path / "model"), "model", config.reward, tokenizer, alone()).score(batch)
     torch.testing.assert_close(found, (raw - raw.mean()) / raw.std(), rtol=0, atol=1e-5)
 
 

@@ -11,11 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayrlhf.actors.reward import RewardFunction, RewardScorer
+from rayrlhf.actors.reward import NamedSource, RewardFunction, RewardScorer
 from rayrlhf.batch import Batch
+from rayrlhf.config.schema import ScorerProcesses, ScoreSource
+from rayrlhf.drivers.roles import reward_sources
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.models.tokenizer import load_tokenizer
+from rayrlhf.serving import RewardServer
 from tests.models.making import LENGTHS, PROMPTS, alone, config_of, ragged_tokens
+from tests.serving.misbehaving import Misbehaving, Reply
 
 FUNCTIONS = """
 import math
@@ -137,17 +141,13 @@ def classified(path: Path, sequences: list[Tensor]) -> list[float]:
 
 
 def scorer_role(llama: Path, tmp_path: Path, sources: list[dict[str, Any]], **reward: Any) -> RewardScorer:
-    packing = reward.pop("packing", None)
-    config = config_of(llama, tmp_path, reward={"sources": sources, **reward}, policy={"packing": packing})
-    return RewardScorer(alone(), config, str(llama))
+    config = config_of(llama, tmp_path, reward={"sources": sources, **reward})
+    return RewardScorer(alone(), config.reward, str(llama), reward_sources(config))
 
 
-@pytest.mark.parametrize("packing", [None, True])
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
-def test_a_reward_model_reads_the_last_real_token(
-    llama: Path, scorer: Path, tmp_path: Path, budget: int, packing: bool | None
-) -> None:
-    role = scorer_role(llama, tmp_path, [{"model": str(scorer)}], tokens_per_micro_batch=budget, packing=packing)
+def test_a_reward_model_reads_the_last_real_token(llama: Path, scorer: Path, tmp_path: Path, budget: int) -> None:
+    role = scorer_role(llama, tmp_path, [{"model": str(scorer)}], tokens_per_micro_batch=budget)
     batch = samples()
     found = role.score(batch)
     assert found.keys() == ["score"]
@@ -164,39 +164,58 @@ def other_tokenizer(scorer: Path, folder: Path, template: str | None) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     shutil.copytree(scorer, folder)
-    words = ["<none>", *(f"w{60 - i}" for i in range(61)), "User:", "Answer:"]
+    words = ["<none>", *(f"w{60 - i}" for i in range(61)), "Turn:", "<end>"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<none>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<none>")
+    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     own.chat_template = template
     own.save_pretrained(folder)
     return folder
 
 
 def own_ids(text: str) -> Tensor:
-    names = {"User:": 62, "Answer:": 63}
+    names = {"Turn:": 62, "<end>": 63}
     return torch.tensor([names[w] if w in names else 1 + 60 - int(w[1:]) for w in text.split()])
 
 
-TEMPLATE = "{% for m in messages %}{{ 'User: ' if m.role == 'user' else ' Answer: ' }}{{ m.content }}{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}Turn: {{ m.content }}{{ ' <end>' if m.role == 'assistant' else '' }} {% endfor %}"
+    "{% if add_generation_prompt %}Turn: {% endif %}"
+)
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_another_tokenizer_reads_the_text_again(
-    llama: Path, scorer: Path, tmp_path: Path, template: str | None
-) -> None:
-    folder = other_tokenizer(scorer, tmp_path / "other", template)
+@pytest.mark.parametrize("kind", ["plain", "template", "conversation"])
+def test_another_tokenizer_reads_the_text_again(llama: Path, scorer: Path, tmp_path: Path, kind: str) -> None:
+    """As in training: up to the end of the turn, and no token behind it."""
+    folder = other_tokenizer(scorer, tmp_path / "other", None if kind == "plain" else TEMPLATE)
     role = scorer_role(llama, tmp_path, [{"model": str(folder)}])
     tokens, _ = ragged_tokens()
     tokens[2] = torch.cat([tokens[2][:-1], torch.tensor([2])])  # EOS
+    tokens[4][PROMPTS[4] :] = 2  # nothing but EOS
     prompts = ["w7 w8 ", "w9 "] * 4
     batch = samples(prompt_text=prompts).with_columns({"tokens": torch.cat(tokens)})
+    before = ""
+    if kind == "conversation":
+        turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]
+        asked = [[*turns, {"role": "user", "content": prompt}] for prompt in prompts]
+        batch, before = batch.with_columns(sample={"messages": asked}), "Turn: w1 Turn: w2 w3 <end> "
+    elif kind == "template":
+        batch = batch.with_columns(sample={"messages": [None] * 8})
     texts = []
     for prompt, sample, length in zip(prompts, tokens, PROMPTS, strict=True):
         response = " ".join(f"w{int(t) - 3}" for t in sample[length:] if t != 2)
-        texts.append(f"User: {prompt} Answer: {response}" if template else prompt + response)
+        texts.append(
+            f"{prompt}{response} <end>" if kind == "plain" else f"{before}Turn: {prompt} Turn: {response} <end>"
+        )
     expected = torch.tensor(classified(folder, [own_ids(t) for t in texts]))
     torch.testing.assert_close(role.score(batch)["score"], expected, rtol=0, atol=1e-5)
+
+
+def test_a_template_that_refuses_a_conversation_is_named(llama: Path, scorer: Path, tmp_path: Path) -> None:
+    folder = other_tokenizer(scorer, tmp_path / "other", "{{ raise_exception('no system messages') }}")
+    role = scorer_role(llama, tmp_path, [{"model": str(folder)}])
+    with pytest.raises(RunFailed, match="other: its chat template can't write .*no system messages"):
+        role.score(samples())
 
 
 def test_a_weighted_sum_of_several_sources(llama: Path, scorer: Path, tmp_path: Path, functions: str) -> None:
@@ -216,6 +235,81 @@ def test_a_weighted_sum_of_several_sources(llama: Path, scorer: Path, tmp_path: 
 def test_a_score_that_is_not_finite(llama: Path, scorer: Path, tmp_path: Path) -> None:
     role = scorer_role(llama, tmp_path, [{"model": str(scorer)}])
     with torch.no_grad():
-        role.sources[0][2].model.head.weight[0, 0] = math.nan  # type: ignore[attr-defined]
+        role.sources[0][1].model.head.weight[0, 0] = math.nan  # type: ignore[attr-defined]
     with pytest.raises(RunFailed, match="gave a score that is not finite"):
         role.score(samples())
+
+
+def test_a_gold_score_is_no_part_of_the_sum(llama: Path, scorer: Path, tmp_path: Path, functions: str) -> None:
+    gold = {"function": f"{functions}:tensor"}
+    found = scorer_role(llama, tmp_path, [{"function": f"{functions}:longest", "weight": 3.0}], gold=gold).score(
+        samples()
+    )
+    assert sorted(found.keys()) == ["gold", "score"]
+    assert found["gold"].tolist() == list(range(8))
+    lengths = [n - p + 100 * (i + 1) for i, (n, p) in enumerate(zip(LENGTHS, PROMPTS, strict=True))]
+    assert found["score"].tolist() == [3.0 * n for n in lengths]
+
+
+def marking(llama: Path, *sources: NamedSource, mark_failures: bool = True) -> RewardScorer:
+    return RewardScorer(alone(), ScorerProcesses(), str(llama), sources, mark_failures=mark_failures)
+
+
+def test_two_sources_of_one_name_are_refused(llama: Path, functions: str) -> None:
+    source = ScoreSource(function=f"{functions}:longest")
+    with pytest.raises(InputRefused, match="gold: the name of several sources"):
+        marking(llama, NamedSource("gold", source), NamedSource("gold", source, None))
+
+
+@pytest.mark.parametrize("named_like_prompt", ["ppp", "nobody"])
+def test_a_service_that_fails_for_some_samples(
+    llama: Path, functions: str, monkeypatch: pytest.MonkeyPatch, named_like_prompt: str
+) -> None:
+    """Requests of two samples; the one with the prompt "ppp" (sample 2) is answered by an error."""
+    monkeypatch.setattr("rayrlhf.http_json.FIRST_PAUSE_S", 0.01)
+    local = ScoreSource(function=f"{functions}:longest")
+
+    def answer(payload: dict[str, Any], headers: dict[str, str]) -> Reply:
+        if named_like_prompt in payload["prompts"]:
+            return Reply({"error": "no"}, 500)
+        return Reply({"scores": [float(len(p)) for p in payload["prompts"]]})
+
+    with Misbehaving(answer) as server:
+        far = ScoreSource(url=server.url, retries=1)
+        sources = [NamedSource("far", far, 2.0), NamedSource("near", local), NamedSource("safety", far, None)]
+        role = marking(llama, *sources)
+        for source in (role.sources[0][1], role.sources[2][1]):
+            source.remote.batch = 2  # type: ignore[attr-defined]
+        found = role.score(samples())
+        asked = len(server.requests)
+        assert len(role.score(samples().select([]))["far/failure"]) == 0
+    failing = {2, 3} if named_like_prompt == "ppp" else set()
+    assert asked == 2 * (4 + bool(failing))
+    assert sorted(found.keys()) == [
+        "far/failure", "safety", "safety/failure", "score", "score/far", "score/near",
+    ]  # fmt: skip
+    near = found["score/near"].tolist()
+    for i in range(8):
+        if i in failing:
+            assert all(math.isnan(found[name][i]) for name in ("score", "score/far", "safety")) and near[i] > 0
+            for name in ("far/failure", "safety/failure"):
+                assert f"reward service {server.url}/score: samples 3-4 of 8" in found[name][i]
+                assert "in 2 attempts: HTTP 500" in found[name][i]
+        else:
+            assert found["score/far"][i] == found["safety"][i] == i + 1 and found["score"][i] == 2 * (i + 1) + near[i]
+            assert found["far/failure"][i] is None and found["safety/failure"][i] is None
+
+
+def test_what_fails_in_this_process_raises_though_failures_are_marked(llama: Path, functions: str) -> None:
+    role = marking(llama, NamedSource("near", ScoreSource(function=f"{functions}:raises")))
+    with pytest.raises(RunFailed, match="ZeroDivisionError"):
+        role.score(samples())
+
+
+def test_without_marks_a_service_that_fails_raises(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayrlhf.http_json.FIRST_PAUSE_S", 0.01)
+    with RewardServer(lambda p, r: [1 / 0], name="broken") as server:
+        far = NamedSource("far", ScoreSource(url=server.url, retries=1))
+        with pytest.raises(RunFailed, match="samples 1-8 of 8 got no scores in 2 attempts: HTTP 500.*ZeroDivision"):
+            marking(llama, far, mark_failures=False).score(samples())
+        assert all("ZeroDivision" in cause for cause in marking(llama, far).score(samples())["far/failure"])

@@ -11,8 +11,9 @@ import threading
 import pytest
 import torch
 
-from rayrlhf.actors.reward_http import RemoteReward, RemoteRewardSource
+from rayrlhf.actors.reward_http import RemoteReward, RemoteRewardSource, check_service
 from rayrlhf.batch import Batch
+from rayrlhf.config.schema import ScoreSource
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.serving import RewardServer
 from tests.serving.misbehaving import Misbehaving, Reply
@@ -236,7 +237,7 @@ def test_it_tries_again_and_then_goes_on():
         (Reply({"scores": [True, 1.0]}), "score 1 is True"),
         (Reply(raw=b'{"scores": [NaN, 1]}'), "score 1 is nan"),
         (Reply(raw=b'{"scores": [1e999, 1]}'), "score 1 is inf"),
-        (Reply({"scores": [10**400, 1]}), "not a finite number"),
+        (Reply({"scores": [10**400, 1]}), "not a finite float32 number"),
     ],
 )
 def test_what_stays_wrong_fails_the_run_with_address_and_cause(reply, cause, monkeypatch):
@@ -300,3 +301,135 @@ def test_as_a_source_of_reward(server, monkeypatch):
     )
     scores = RemoteRewardSource(RemoteReward(server.url, "THE_TOKEN"), "far", Words()).score(batch)
     assert scores.dtype == torch.float32 and scores.tolist() == pytest.approx([2.002, 1.003])
+
+
+# -- some samples fail --------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_fails_for_good_costs_its_own_samples_only():
+    def answer(payload, headers):
+        return Reply({"scores": [float(p) for p in payload["prompts"]]}, 422 if "3" in payload["prompts"] else 200)
+
+    numbers = [str(i) for i in range(10)]
+    with Misbehaving(answer) as server:
+        remote = RemoteReward(server.url, batch=3)
+        scores, causes = remote.score_each(numbers, numbers)
+        assert remote.score_each([], []) == ([], []) and len(server.requests) == 4
+    assert [i for i in range(10) if math.isnan(scores[i])] == [3, 4, 5]
+    assert [scores[i] for i in range(10) if i not in (3, 4, 5)] == [0, 1, 2, 6, 7, 8, 9]
+    assert [cause is None for cause in causes] == [i not in (3, 4, 5) for i in range(10)]
+    assert f"{server.url}/score: samples 4-6 of 10 got no scores in 1 attempt: HTTP 422" in causes[3]
+
+
+def test_a_service_that_hangs_is_given_up_and_found_again():
+    """Requests of two samples, two attempts each; the service comes back after the second call."""
+    back = threading.Event()
+
+    def answer(payload, headers):
+        return Reply({"scores": [float(p) for p in payload["prompts"]]}) if back.is_set() else Reply(how="hang")
+
+    numbers = [str(i) for i in range(40)]
+    with Misbehaving(answer) as server:
+        remote = RemoteReward(server.url, timeout_s=0.2, retries=1, batch=2)
+        scores, causes = remote.score_each(numbers, numbers)
+        under_way = len(server.requests) // 2  # four at a time: those that were asked when the third one failed
+        assert 3 <= under_way <= 4 + 2 and all(map(math.isnan, scores))
+        assert causes[0].endswith("in 2 attempts: no answer within 0.2 s")
+        assert causes[2 * under_way :] == [causes[-1]] * (40 - 2 * under_way)
+        assert causes[-1].startswith("not asked: ") and "in a row had failed, the last with: no answer" in causes[-1]
+
+        before = len(server.requests)
+        scores, causes = remote.score_each(numbers, numbers)
+        assert server.requests[before:] == [{"prompts": ["0"], "responses": ["0"]}], "one sample alone, one attempt"
+        assert all(map(math.isnan, scores)) and "samples 1-1 of 40 got no scores in 1 attempt" in causes[0]
+        last = "the last with: no answer within 0.2 s"
+        assert set(causes[1:]) == {f"not asked: {under_way + 1} requests in a row had failed, {last}"}
+
+        back.set()
+        before = len(server.requests)
+        assert remote.score_each(numbers, numbers) == ([float(i) for i in range(40)], [None] * 40)
+        assert sorted(len(r["prompts"]) for r in server.requests[before:]) == [1, 1, *[2] * 19]
+        back.clear()
+        remote.score_each(numbers[:2], numbers[:2])
+        back.set()
+        assert remote.score_each(["7", "8"], ["", ""])[0] == [7, 8] and len(server.requests[-1]["prompts"]) == 2
+
+
+def test_answers_in_between_and_requests_that_are_turned_down_give_up_nothing():
+    def answer(payload, headers):
+        (prompt,) = payload["prompts"]
+        return Reply({"scores": [1.0]}, {"bad": 422, "busy": 503}.get(prompt, 200))
+
+    prompts = ["busy", "busy", "good", "busy", "busy", "bad", "bad", "bad", "bad", "busy", "busy", "good"]
+    with Misbehaving(answer) as server:
+        remote = RemoteReward(server.url, retries=0, batch=1)
+        causes = [remote.score_each([prompt], [""])[1][0] for prompt in prompts]
+        assert len(server.requests) == len(prompts)
+    assert [cause is None for cause in causes] == [prompt == "good" for prompt in prompts]
+
+
+# -- before a run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_service_that_scores_is_accepted(server, monkeypatch):
+    monkeypatch.setenv("THE_TOKEN", TOKEN)
+    check_service(ScoreSource(url=server.url, token_env="THE_TOKEN"))
+    with pytest.raises(InputRefused, match="HTTP 401.*it wants a token"):
+        check_service(ScoreSource(url=server.url))
+    monkeypatch.setenv("THE_TOKEN", "another")
+    with pytest.raises(InputRefused, match="HTTP 401.*doesn't accept the token"):
+        check_service(ScoreSource(url=server.url, token_env="THE_TOKEN"))
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (Reply({}, 401), "HTTP 401.*doesn't accept the token of token_env"),
+        (Reply({}, 403), "HTTP 403.*doesn't accept"),
+        (Reply({}, 404), "HTTP 404 Not Found, so it is no reward service"),
+        (Reply({}, 405), "HTTP 405.*no reward service"),
+        (Reply({}, 308, Location="https://elsewhere/score"), "redirects to 'https://elsewhere/score'"),
+        (Reply(raw=b"<html>"), "no reward service"),
+        (Reply(raw=b"\xff"), "no reward service"),
+        (Reply({"score": []}), 'no reward service: an answer without a list "scores"'),
+        (Reply({"scores": [1.0]}), "no reward service: 1 scores for 0 responses"),
+        (Reply(raw=b"[" * 20_000), "no reward service: .*recursion"),
+        (Reply(raw=b" " * 200_000), "more than 65536 bytes"),
+    ],
+)
+def test_what_is_no_reward_service_is_refused_before_a_run(reply, said, monkeypatch):
+    monkeypatch.setenv("THE_TOKEN", TOKEN)
+    with Misbehaving(lambda payload, headers: reply) as server:
+        with pytest.raises(InputRefused, match=said) as refused:
+            check_service(ScoreSource(url=server.url, token_env="THE_TOKEN"))
+        assert server.requests == [{"prompts": [], "responses": []}] and server.paths == ["/score"]
+    assert f"reward service {server.url}/score" in str(refused.value) and TOKEN not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply({}, 500),
+        Reply({}, 503),
+        Reply({}, 422),
+        Reply(how="hang"),
+        Reply(how="drop"),
+        Reply(raw=b" " * 99, how="trickle"),
+    ],
+)
+def test_what_only_real_responses_can_tell_is_left_to_the_run(reply):
+    with Misbehaving(lambda payload, headers: reply) as server:
+        check_service(ScoreSource(url=server.url, timeout_s=0.3))
+        assert len(server.requests) == 1
+
+
+def test_no_token_no_listener_and_no_host_are_refused(monkeypatch):
+    monkeypatch.delenv("NO_TOKEN", raising=False)
+    with pytest.raises(InputRefused, match="NO_TOKEN is not set"):
+        check_service(ScoreSource(url="http://127.0.0.1:1", token_env="NO_TOKEN"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for address in (url, "http://host.invalid"):
+        with pytest.raises(InputRefused, match="can't be reached: .*start it, or correct url"):
+            check_service(ScoreSource(url=address))
