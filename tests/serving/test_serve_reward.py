@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import re
 import socket
 import threading
 
@@ -342,8 +343,9 @@ def test_a_service_that_hangs_is_given_up_and_found_again():
         scores, causes = remote.score_each(numbers, numbers)
         assert server.requests[before:] == [{"prompts": ["0"], "responses": ["0"]}], "one sample alone, one attempt"
         assert all(map(math.isnan, scores)) and "samples 1-1 of 40 got no scores in 1 attempt" in causes[0]
-        last = "the last with: no answer within 0.2 s"
-        assert set(causes[1:]) == {f"not asked: {under_way + 1} requests in a row had failed, {last}"}
+        # How many had failed before depends on which were under way.
+        told = r"not asked: \d+ requests in a row had failed, the last with: no answer within 0.2 s"
+        assert len(set(causes[1:])) == 1 and re.fullmatch(told, causes[1])
 
         back.set()
         before = len(server.requests)
