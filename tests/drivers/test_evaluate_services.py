@@ -199,9 +199,8 @@ def test_a_service_that_goes_fails_the_run_and_the_rest_is_kept(models: Models, 
         ):
             models.evaluate(name, ("base", "other"), scores={"reward": reward})
         chunks = math.ceil(PROMPTS / 5)
-        assert len(server.requests) - 1 == chunks + 3 * 2 + (chunks - 3), (
-            "the last ones are asked once, after the check's"
-        )
+        # The check's; then those that are answered; three that are tried twice; and the last ones once, at the most.
+        assert 3 * 2 <= len(server.requests) - 1 - chunks <= 3 * 2 + (chunks - 3)
     found = Result(models.folder / name)
     base, other = found.models["base"], found.models["other"]
     assert base["score/unscored"] == 0 and other["score/unscored"] == PROMPTS and other["score/mean"] is None
