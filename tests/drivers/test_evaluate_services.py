@@ -139,8 +139,9 @@ def test_conversations_are_written_by_each_models_own_template_and_judged_whole(
     data = {"prompts": str(models.folder / "chats.jsonl"), "completion_column": None}
     with Misbehaving(judge_of(longest_wins)) as server:
         found = models.evaluate("chats", data=data, judge={"url": server.url, "model": "j"}, models=both)
-        asked = server.requests[0]["messages"][0]["content"]
-    assert "user: w1 w2\n\nassistant: w3\n\nuser: w4" in asked
+        asked = [request["messages"][0]["content"] for request in server.requests]
+    # Comparisons are asked at the same time, in no order: each prompt twice.
+    assert sum("user: w1 w2\n\nassistant: w3\n\nuser: w4\n" in one for one in asked) == 2
     assert [row["prompt"] for row in found.rows] == [row["prompt"] for row in rows]
     said = [[one["response"] for one in found.told(name)] for name in ("base", "twin")]
     assert said[0] != said[1], "the same weights, but other words before the answer"
