@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 MinibatchSchedule = Sequence[Sequence[Tensor]]
-"""For each optimizer step, for each rank: int64 [n], the samples that it takes."""
+"""For each optimizer step, for each shard of the ranks (`World.shard`): int64 [n], the samples that it takes."""
 
 MinibatchLoss = Callable[[ModelInput, tuple[Tensor, ...]], tuple[Tensor, dict[str, Tensor]]]
 """(micro-batch, model outputs) -> (share of the loss, statistics to be added up)."""
@@ -121,7 +121,7 @@ class TrainerRole:
 
         Args:
             batch: all samples of the step, the same on all ranks.
-            schedule: which of them each rank takes, for each optimizer step.
+            schedule: which of them each shard of the ranks takes, for each optimizer step.
             step: number of the step, which names the file of a skipped minibatch.
 
         Returns:
@@ -141,7 +141,7 @@ class TrainerRole:
         counted: list[StepCounts] = []
         empty = 0
         for k, parts in enumerate(schedule):
-            shard = whole.select(parts[self.world.rank])
+            shard = whole.select(parts[self.world.shard])
             counts = StepCounts(*self.trainer.global_counts(*self.count(shard)))
             if counts.tokens == 0:  # nothing to learn from: neither optimizer nor schedule moves
                 empty += 1

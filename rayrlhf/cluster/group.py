@@ -37,14 +37,17 @@ class Group(ABC):
 
     name: str
     size: int
+    """Ranks."""
+    shards: int
+    """Parts into which samples are split: ranks that work on the same samples count once."""
 
     @abstractmethod
     def submit(self, method: str, batch: Batch, *, timeout_s: float | None = None, **kwargs: Any) -> Pending:
         """Run ``role.method(shard, **kwargs)`` on each rank, the samples split over the ranks by token count.
 
-        Every rank is called, also one whose shard is empty. The method returns a Batch with the new columns alone,
-        over the samples of its shard; the result of the whole is a Batch with the new columns over the samples of
-        ``batch`` in their order.
+        Every rank is called, also one whose shard is empty; ranks that share samples get the same shard. The method
+        returns a Batch with the new columns alone, over the samples of its shard; the result of the whole is a Batch
+        with the new columns over the samples of ``batch`` in their order.
 
         Args:
             timeout_s: deadline for the answer, from now on: time behind earlier calls counts. By default

@@ -37,7 +37,7 @@ class DonePending(Pending):
 class InlineGroup(Group):
     """The one rank of a role, in this process. Deadlines don't apply."""
 
-    size = 1
+    size = shards = 1
 
     def __init__(self, name: str, role: Any):
         self.name = name

@@ -31,8 +31,11 @@ class ActorGroup(Group):
     Arguments and results travel by reference: the driver holds no tensor of a batch unless it touches its column.
     """
 
-    def __init__(self, members: Members, handles: Sequence[Any], call_timeout_s: float, closes: bool):
+    def __init__(
+        self, members: Members, handles: Sequence[Any], call_timeout_s: float, closes: bool, ranks_per_shard: int = 1
+    ):
         self.name, self.size = members.role, len(handles)
+        self._ranks_per_shard, self.shards = ranks_per_shard, len(handles) // ranks_per_shard
         self._members, self._handles = members, list(handles)
         self._call_timeout_s, self._closes = call_timeout_s, closes
 
@@ -43,17 +46,18 @@ class ActorGroup(Group):
 
     def submit(self, method: str, batch: Batch, *, timeout_s: float | None = None, **kwargs: Any) -> Pending:
         self._check_usable()
-        parts = split_by_tokens(batch.lengths.tolist(), self.size)
+        parts = split_by_tokens(batch.lengths.tolist(), self.shards)
         staged = stage(batch)
-        shards = [staged if self.size == 1 else staged.select(part) for part in parts]
+        shards = [staged if self.shards == 1 else staged.select(part) for part in parts]
         arguments = {name: to_wire_value(value) for name, value in kwargs.items()}
         refs = [
-            handle.run.options(num_returns=2).remote(method, refer(shard), arguments)
-            for handle, shard in zip(self._handles, shards, strict=True)
+            handle.run.options(num_returns=2).remote(method, refer(shards[rank // self._ranks_per_shard]), arguments)
+            for rank, handle in enumerate(self._handles)
         ]
 
         def merge(answers: list[Any], blocks: list[Block]) -> Batch:
-            results = [from_wire(wire, block) for wire, block in zip(answers, blocks, strict=True)]
+            first = slice(None, None, self._ranks_per_shard)
+            results = [from_wire(wire, block) for wire, block in zip(answers[first], blocks[first], strict=True)]
             filled = [(part, result) for part, result in zip(parts, results, strict=True) if part]
             if len(filled) <= 1:
                 return filled[0][1] if filled else results[0]

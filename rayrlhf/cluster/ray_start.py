@@ -128,7 +128,9 @@ class _Start:
             if process.members is not first.members:
                 continue
             spec = process.spec
-            world = World(process.rank, spec.ranks, info.address, info.port, self.settings.device, threads)
+            world = World(
+                process.rank, spec.ranks, info.address, info.port, self.settings.device, threads, spec.ranks_per_shard
+            )
             ref = process.handle.build.remote(spec.build, world, dict(spec.kwargs))
             self.waiting[ref] = number
             self.building.add(ref)
@@ -196,5 +198,7 @@ def start_on_ray(specs: Sequence[RoleSpec], settings: ClusterConfig) -> dict[str
     for spec in specs:
         mine = [p for p in processes if p.spec is spec]
         closes = any(p.closes for p in mine)
-        groups[spec.name] = ActorGroup(mine[0].members, [p.handle for p in mine], settings.call_timeout_s, closes)
+        groups[spec.name] = ActorGroup(
+            mine[0].members, [p.handle for p in mine], settings.call_timeout_s, closes, spec.ranks_per_shard
+        )
     return groups

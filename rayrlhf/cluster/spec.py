@@ -27,15 +27,21 @@ class RoleSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the constructor, besides ``world``; must be picklable."""
     ranks: int = 1
-    """Data-parallel processes."""
+    """Processes."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables which must be set before the module is imported."""
     gpus_per_rank: float = 0.0
     """GPUs of each process; a fraction shares one."""
+    ranks_per_shard: int = 1
+    """So many neighbouring ranks get the same samples, and the first of them answers; divides ``ranks``."""
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise ValueError(f"role {self.name!r}: ranks must be at least 1, found {self.ranks}")
+        if self.ranks_per_shard < 1 or self.ranks % self.ranks_per_shard:
+            raise ValueError(
+                f"role {self.name!r}: ranks_per_shard must divide its {self.ranks} ranks, found {self.ranks_per_shard}"
+            )
         if self.gpus_per_rank < 0 or (self.gpus_per_rank > 1 and self.gpus_per_rank % 1):
             raise ValueError(
                 f"role {self.name!r}: gpus_per_rank must be 0, a share of one GPU or a whole number, "

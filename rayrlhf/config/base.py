@@ -9,9 +9,10 @@ from pydantic import Field
 from rayrlhf.config.health import HealthConfig
 from rayrlhf.config.trainers import Positive, Section, Text
 
-__all__ = ["CheckpointConfig", "ClusterConfig", "JobConfig", "MonitoringConfig", "RunConfig"]
+__all__ = ["CheckpointConfig", "ClusterConfig", "JobConfig", "MonitoringConfig", "NodeConfig", "RunConfig"]
 
 Seconds = Annotated[float, Field(gt=0)]
+Amount = Annotated[float, Field(gt=0)]
 
 
 class CheckpointConfig(Section):
@@ -30,6 +31,23 @@ class MonitoringConfig(Section):
     """Log to this Weights & Biases project; needs ``pip install wandb``."""
 
 
+class NodeConfig(Section):
+    """Machines of one kind."""
+
+    count: Positive = 1
+    """How many there are."""
+    gpus: int = Field(default=8, ge=0)
+    """GPUs of each."""
+    gpu_memory_gib: Amount = 80.0
+    """Memory of one GPU, in GiB."""
+    memory_gib: Amount = 1024.0
+    """Host memory of each machine, in GiB."""
+    gpu_link_gb_per_s: Amount = 450.0
+    """What one GPU sends to others of its machine, in 10^9 bytes a second."""
+    network_gb_per_s: Amount = 50.0
+    """What a machine sends to others, in 10^9 bytes a second."""
+
+
 class ClusterConfig(Section):
     executor: Literal["ray", "inline"] = "ray"
     """``ray``: each role in processes of its own. ``inline``: every role in the driver's process, for a debugger."""
@@ -37,6 +55,17 @@ class ClusterConfig(Section):
     """Ray cluster to join: ``auto`` or ``host:port``. Without it a Ray of its own is started on this machine."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the models run."""
+    nodes: list[NodeConfig] = []
+    """The machines that the run is made for: what ``rayrlhf plan`` plans with, and what must be there when it starts. Without
+    them the roles are placed on whatever GPUs the cluster has."""
+    placement: Literal["colocated", "disaggregated"] | list[Annotated[list[Text], Field(min_length=2)]] = "colocated"
+    """Which roles share GPUs. ``colocated``: all. ``disaggregated``: each has its own. A list of lists of roles: those of one
+    list share, as in ``[[policy, critic], [reference, reward]]``; others have their own."""
+    offload_idle: bool = True
+    """Roles which share GPUs take turns: who has nothing to do keeps its states in host memory. false: all of it stays on the
+    GPUs."""
+    placement_timeout_s: Seconds = 120.0
+    """How long, in seconds, GPUs that others hold are waited for."""
     threads: Positive | None = None
     """Threads of each process on a CPU; by default all cores that the machine gives us."""
     start_timeout_s: Seconds = 600.0

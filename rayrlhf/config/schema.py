@@ -101,6 +101,11 @@ class ScorerProcesses(Section):
     """Attention implementation of reward models."""
     tokens_per_micro_batch: Positive = 16384
     """Tokens that a reward model sees in one forward, on one device."""
+    zero_stage: Literal[0, 3] = 0
+    """0: each rank holds all parameters of a reward model. 3: they are spread over the ranks, and gathered layer by layer."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Keep a reward model's parameters in host memory, and bring each layer in when it is needed; with ``zero_stage`` 3
+    only."""
     trust_remote_code: bool = False
     """Run code that comes with a reward model."""
 
@@ -132,7 +137,12 @@ class SamplerConfig(Section):
     engine: Literal["vllm", "transformers"] = "vllm"
     """What generates. ``transformers`` is slow, and needs no vLLM."""
     engines: Positive = 1
-    """Number of engines; prompts are dealt out to them by token count."""
+    """Number of engines."""
+    tensor_parallel: Positive = 1
+    """Processes (GPUs) over which each engine's weights are spread; all on one machine."""
+    assignment: Literal["fixed", "least_loaded"] | None = None
+    """How engines get their prompts. ``fixed``: dealt out beforehand by token count, so that the same run is the same again.
+    ``least_loaded``: whoever has least to do gets the next ones. By default ``fixed`` on a CPU, else ``least_loaded``."""
     max_response_tokens: Positive = 256
     """Longest response, in tokens, EOS included."""
     temperature: float = Field(default=1.0, gt=0)
@@ -161,11 +171,17 @@ class SamplerConfig(Section):
 class RolloutConfig(SamplerConfig):
     samples_per_prompt: Positive = 1
     """Responses that are sampled for each prompt."""
-    weight_transport: Literal["auto", "shared_memory", "object_store"] = "auto"
-    """How new weights reach the engines: through /dev/shm (one machine), or Ray's object store (any number). ``auto``
-    takes shared memory where all roles are on one machine."""
-    weight_bucket_mib: float = Field(default=256.0, gt=0)
+    weight_transport: Literal["auto", "shared_memory", "gloo", "nccl", "ipc"] = "auto"
+    """How new weights reach the engines. ``shared_memory``: through /dev/shm (one machine). ``gloo``: over the network, from host
+    memory. ``nccl``: from GPU to GPU. ``ipc``: engine and policy share GPUs, and nothing is copied. ``auto`` takes the fastest
+    that the placement allows."""
+    weight_bucket_mib: float = Field(default=1024.0, gt=0)
     """Size of one bucket of the weight transfer in MiB; a larger tensor gets a bucket of its own."""
+    weight_timeout_s: float = Field(default=600.0, gt=0)
+    """Deadline, in seconds, of each bucket of a weight transfer."""
+    lora_transfer: Literal["merged", "adapter"] = "merged"
+    """What reaches the engines of a policy with LoRA: all weights with the adapters merged in, or the adapters alone, which the
+    engines then apply to the base model that they keep."""
     verify_weights: Literal["start", "always"] = "start"
     """When the engines' weights are compared with the trainer's by checksum: at start-up, or after each transfer
     too."""

@@ -82,7 +82,7 @@ class ModelConfig(Section):
     logits_chunk_tokens: Positive = 2048
     """Tokens for which logits over the vocabulary exist at the same time."""
     ranks: Positive = 1
-    """Data-parallel processes (GPUs)."""
+    """Processes (GPUs)."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 
@@ -90,6 +90,16 @@ class ModelConfig(Section):
 class TrainedConfig(ModelConfig):
     zero_stage: Literal[1, 2, 3] = 2
     """DeepSpeed ZeRO: what is spread over the ranks: 1 optimizer states, 2 gradients too, 3 parameters too."""
+    sequence_parallel: Positive = 1
+    """So many ranks share one long sequence, each with a part of it (Ulysses); divides ``ranks``."""
+    tensor_parallel: Positive = 1
+    """So many ranks share each layer's weights (DeepSpeed's AutoTP); divides ``ranks``."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimizer states live: on the device, in host memory, or on a disk."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where parameters live that aren't needed at the moment; others than none with ``zero_stage`` 3 only."""
+    nvme_path: Text | None = None
+    """Folder on a fast disk of each machine, for ``nvme``."""
     gradient_checkpointing: bool = False
     """Keep only layer inputs for the backward pass and compute the rest again."""
     lora: LoraConfig | None = None
@@ -119,3 +129,7 @@ class ReferenceConfig(ModelConfig):
     path: Text | None = None
     """The frozen reference; by default the policy's model (with LoRA: the policy with its adapters off, at no cost of
     memory)."""
+    zero_stage: Literal[0, 3] = 0
+    """0: each rank holds all parameters. 3: they are spread over the ranks, and gathered layer by layer."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Keep the parameters in host memory, and bring each layer in when it is needed; with ``zero_stage`` 3 only."""

@@ -54,7 +54,7 @@ class PreferenceData:
 
     def parts(self, batch: Batch) -> list[Tensor]:
         """Which samples each rank takes: the two of a pair together, of the mismatched ones an even share."""
-        ranks = self.run.policy.size
+        ranks = self.run.policy.shards
         if self.paired:
             return spread_units(batch.lengths, 2, ranks)
         real = len(batch) // 2

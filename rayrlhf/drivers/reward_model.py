@@ -26,7 +26,7 @@ def train(run: OfflineRun) -> None:
 
     for _ in run.steps():
         batch = pair_batch(run.next_examples())
-        metrics = run.update(batch, spread_units(batch.lengths, 2, run.policy.size))
+        metrics = run.update(batch, spread_units(batch.lengths, 2, run.policy.shards))
         run.finish_step(metrics, batch)
         if run.validation_due():
             validate(run)

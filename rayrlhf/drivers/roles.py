@@ -44,7 +44,7 @@ def weight_transport(rollout: RolloutConfig, config: RunConfig) -> str:
     """The transport that ``auto`` stands for: shared memory unless the run joins a cluster, which may have many machines."""
     if rollout.weight_transport != "auto":
         return rollout.weight_transport
-    return "object_store" if config.cluster.address is not None else "shared_memory"
+    return "gloo" if config.cluster.address is not None else "shared_memory"
 
 
 def role_specs(prepared: Prepared) -> list[RoleSpec]:

@@ -120,7 +120,7 @@ class Run(BaseRun):
     def _start_update(self, group: Group, batch: Batch) -> Pending:
         ppo = self.config.ppo
         schedule = minibatch_schedule(
-            batch.lengths, ppo.minibatch_samples, ppo.ppo_epochs, group.size, (self.config.seed, self.state.step)
+            batch.lengths, ppo.minibatch_samples, ppo.ppo_epochs, group.shards, (self.config.seed, self.state.step)
         )
         return group.broadcast_async("update", batch=batch, schedule=schedule, step=self.state.step + 1)
 

@@ -19,7 +19,7 @@ def train(run: OfflineRun) -> None:
 
     for _ in run.steps():
         batch = example_batch(run.next_examples())
-        metrics = run.update(batch, spread_units(batch.lengths, 1, run.policy.size))
+        metrics = run.update(batch, spread_units(batch.lengths, 1, run.policy.shards))
         run.finish_step(metrics, batch)
         if run.validation_due():
             validate(run)

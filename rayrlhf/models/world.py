@@ -15,7 +15,7 @@ class World:
     rank: int
     """0 to size - 1."""
     size: int
-    """Data-parallel ranks of the role."""
+    """Processes of the role."""
     master_addr: str
     """Address of rank 0, where the group meets."""
     master_port: int
@@ -24,3 +24,15 @@ class World:
     """Where the role's tensors live."""
     threads: int | None
     """Threads for computation on a CPU; None: torch's own choice."""
+    ranks_per_shard: int = 1
+    """So many neighbouring ranks work on the same samples: they share a sequence, or each layer's weights."""
+
+    @property
+    def shard(self) -> int:
+        """Which part of the samples is this rank's."""
+        return self.rank // self.ranks_per_shard
+
+    @property
+    def shards(self) -> int:
+        """Parts into which samples are split: the data-parallel size."""
+        return self.size // self.ranks_per_shard
