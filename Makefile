@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # More arguments for pip, such as an index with CPU builds of PyTorch (--extra-index-url URL).
 PIP_ARGS ?=
+# Processes of the test suite: much of a test's time is waiting for others to come up.
+WORKERS ?= 3
 
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
@@ -53,7 +55,7 @@ pipeline: $(QUICKSTART)/held_out.jsonl
 	$(BIN)/rayrlhf pipeline configs/pipeline_local.yaml
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from rayrlhf.actors.trainer import LOSS, TOKENS, MinibatchLoss, StepCounts, Trai
 from rayrlhf.algorithms import value_loss
 from rayrlhf.batch import Batch
 from rayrlhf.config import Config
+from rayrlhf.models.engine import partitioner_for
 from rayrlhf.models.heads import ScalarModel
 from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.loading import add_lora, load_critic
@@ -28,13 +29,16 @@ class CriticTrainer(TrainerRole):
     """
 
     config: Config
+    role = "critic"
     training_columns = ("tokens", "response_mask", "values", "returns")
     statistics = {"value_loss": LOSS, "value_clipfrac": TOKENS}
 
     def __init__(self, world: World, config: Config, model_path: str, total_steps: int):
         critic = config.critic
         assert critic is not None
-        model = load_critic(model_path, critic, num_layers=critic.num_layers, dtype=torch.float32)
+        zero = partitioner_for(critic, world, self.role, config.cluster.call_timeout_s)
+        dtype = torch.float32 if zero is None else zero.dtype
+        model = load_critic(model_path, critic, num_layers=critic.num_layers, dtype=dtype, zero=zero)
         if critic.lora is not None:
             adapted = add_lora(model.backbone, critic.lora, config.seed + 1)
             model = ScalarModel(adapted.get_base_model(), model.head)  # type: ignore[operator]

@@ -15,23 +15,32 @@ from rayrlhf.config.base import RunConfig
 from rayrlhf.config.schema import RolloutConfig
 from rayrlhf.config.trainers import PolicyConfig
 from rayrlhf.errors import InputRefused
-from rayrlhf.models.export import gathered_adapters, named_weights, save_model_folder
+from rayrlhf.models.engine import partitioner_for
+from rayrlhf.models.export import (
+    adapter_layout,
+    gathered_adapters,
+    named_adapters,
+    named_weights,
+    save_model_folder,
+    weight_layout,
+)
 from rayrlhf.models.heads import PolicyModel
 from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.loading import DTYPES, add_lora, check_output_head, load_causal_lm
 from rayrlhf.models.merging import Checked, merged_logprobs, probe_batch, write_checked
 from rayrlhf.models.world import World
-from rayrlhf.weights import Manifest, make_transport, publish, release
+from rayrlhf.weights import Address, Bucket, Manifest, Sender, join_sender, open_sender, plan_buckets
 
 __all__ = ["LanguageModelTrainer", "load_trained_lm"]
 
 
-def load_trained_lm(path: str, policy: PolicyConfig) -> Any:
-    """The model as training begins with it, on the CPU.
+def load_trained_lm(path: str, config: RunConfig, policy: PolicyConfig, world: World) -> Any:
+    """The model as training begins with it, on the CPU; under ZeRO-3 this rank's share of it.
 
     Trained weights are float32; DeepSpeed makes the bfloat16 copy where one is computed with.
     """
-    lm = load_causal_lm(path, policy, dtype=torch.float32)
+    zero = partitioner_for(policy, world, LanguageModelTrainer.role, config.cluster.call_timeout_s)
+    lm = load_causal_lm(path, policy, dtype=torch.float32 if zero is None else zero.dtype, zero=zero)
     check_output_head(lm)
     return lm
 
@@ -66,7 +75,10 @@ class LanguageModelTrainer(TrainerRole):
             raise InputRefused("policy.lora.target_modules: with zero_stage 3 the output layer can't have an adapter")
         self.lm, self.rollout = lm, rollout
         self.temperature = 1.0 if rollout is None else rollout.temperature
-        self.transport = None if transport is None else make_transport(transport)
+        self.transport = transport
+        self.sender: Sender | None = None
+        self._buckets: dict[bool, tuple[Bucket, ...]] = {}
+        self._transfers, self._base_sent = 0, False
         super().__init__(world, config, policy, PolicyModel(lm, policy.logits_chunk_tokens), total_steps)
 
     # -- log-probabilities --------------------------------------------------------------------------------------
@@ -96,33 +108,128 @@ class LanguageModelTrainer(TrainerRole):
 
     # -- weights ------------------------------------------------------------------------------------------------
 
-    def publish_weights(self, version: int, checksums: bool) -> Manifest | None:
-        """Lay the current weights out for the rollout engines. All ranks call it; rank 0 returns the manifest."""
+    def open_weights(
+        self, receivers: int, group_version: int, per_engine: int = 1, keep_all: bool = False
+    ) -> Address | None:
+        """Open the way of the weights to the rollout engines; an earlier one is closed. All ranks call it.
+
+        Args:
+            receivers: processes that load weights.
+            group_version: 1 or more, larger than before.
+            per_engine: receivers of each engine.
+            keep_all: what is published lies there until `release_weights`; nobody takes it in the meantime.
+
+        Returns:
+            Where receivers find the weights, on rank 0; None on others.
+        """
         assert self.rollout is not None and self.transport is not None, "this run has no rollout engines"
-        weights = named_weights(self.lm, zero_stage=self.trained.zero_stage)
+        self._close_weights()
+        self._base_sent = False
         if self.world.rank != 0:
-            for _ in weights:  # takes part in the gathering
-                pass
             return None
-        return publish(
-            weights,
-            transport=self.transport,
+        self.sender = open_sender(
+            self.transport,
+            run=Path(self.config.run_dir).name,
+            receivers=receivers,
+            version=group_version,
+            device=self.trainer.device,
+            timeout_s=self.rollout.weight_timeout_s,
+            host=self.world.master_addr,
+            per_engine=per_engine,
+            senders=self.world.size,
+            keep_all=keep_all,
+        )
+        return self.sender.address
+
+    def connect_weights(self, address: Address) -> None:
+        """Meet the receivers, at the same time as they do; all ranks call it.
+
+        Args:
+            address: what `open_weights` returned on rank 0.
+        """
+        if self.sender is None and address.transport == "ipc":
+            self.sender = join_sender(address, self.world.rank, self.trainer.device)
+        if self.sender is not None:
+            self.sender.connect()
+
+    def weight_manifest(self, version: int, checksums: bool) -> Manifest:
+        """What the next `publish_weights` sends: names, shapes and places; nothing is gathered. All ranks call it.
+
+        With ``rollout.lora_transfer: adapter`` that is the adapter. The engines need its base first, once in a group: the
+        manifest is then one of kind ``weights`` with an ``adapter``, and that of the adapter comes when it has been published.
+
+        Args:
+            version: of the weights.
+            checksums: send a CRC-32 of each tensor along.
+        """
+        assert self.rollout is not None, "this run has no rollout engines"
+        adapter = self._sends_adapter and self._base_sent
+        if adapter not in self._buckets:
+            self._buckets[adapter] = plan_buckets(
+                adapter_layout(self.lm) if adapter else weight_layout(self.lm),
+                bucket_bytes=int(self.rollout.weight_bucket_mib * 2**20),
+                dtype=self._travel_dtype,
+            )
+        self._transfers += 1
+        return Manifest(
             version=version,
-            bucket_bytes=int(self.rollout.weight_bucket_mib * 2**20),
-            dtype=self.rollout.dtype or self.trained.dtype,
-            with_checksums=checksums,
+            dtype=self._travel_dtype,
+            buckets=self._buckets[adapter],
+            checksums=checksums,
+            kind="adapter" if adapter else "weights",
+            adapter=self._adapter_config() if self._sends_adapter else None,
+            serial=self._transfers,
+            address=None if self.sender is None else self.sender.address,
         )
 
-    def release_weights(self, manifest: Manifest) -> None:
-        """Free what `publish_weights` laid out, after every engine has read it."""
-        assert self.transport is not None, "this run has no rollout engines"
-        if self.world.rank == 0:
-            release(manifest, self.transport)
+    @property
+    def _travel_dtype(self) -> str:
+        return self.trained.dtype if self.rollout is None or self.rollout.dtype is None else self.rollout.dtype
+
+    @property
+    def _sends_adapter(self) -> bool:
+        return self.peft is not None and self.rollout is not None and self.rollout.lora_transfer == "adapter"
+
+    def _adapter_config(self) -> dict[str, Any]:
+        assert self.peft is not None
+        found = self.peft.peft_config[self.peft.active_adapter].to_dict()
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}
+        return {key: getattr(value, "value", value) for key, value in plain.items()}
+
+    def publish_weights(self, manifest: Manifest) -> None:
+        """Send the current weights while the engines receive them; all ranks call it with rank 0's manifest.
+
+        Raises:
+            RunFailed: where a receiver doesn't take a bucket before its deadline, or has failed; or where the weights aren't
+                on the device (`set_residence`).
+        """
+        self.trainer.residence.require("weights", "publishing weights")
+        stage = self.trained.zero_stage
+        if manifest.kind == "adapter":
+            weights = named_adapters(self.lm, zero_stage=stage)
+        else:
+            weights = named_weights(self.lm, zero_stage=stage, merged=not self._sends_adapter)
+        try:
+            if self.sender is not None:
+                self.sender.send(manifest, weights)
+        finally:
+            for _ in weights:  # the other ranks gather them together with this one, whether it sends them or not
+                pass
+        self._base_sent = True
+
+    def release_weights(self) -> None:
+        """Free what `publish_weights` laid out, where ``keep_all`` was asked for."""
+        if self.sender is not None:
+            self.sender.release()
+
+    def _close_weights(self) -> None:
+        if self.sender is not None:
+            self.sender.close()
+            self.sender = None
 
     def close(self) -> None:
-        """Free what weights may still lie in the transport."""
-        if self.transport is not None:
-            self.transport.close()
+        """Free what weights may still be under way."""
+        self._close_weights()
 
     def save_model(self, folder: str) -> None:
         """Write the model as a Hugging Face folder: adapters merged, or the adapter alone where so configured.
@@ -130,8 +237,10 @@ class LanguageModelTrainer(TrainerRole):
         All ranks call it.
 
         Raises:
-            RunFailed: where the merged model's log-probabilities aren't those of the model with its adapters.
+            RunFailed: where the merged model's log-probabilities aren't those of the model with its adapters; or where the
+                weights aren't on the device (`set_residence`).
         """
+        self.trainer.residence.require("weights", "saving the model")
         lora, dtype = self.trained.lora, DTYPES[self.trained.dtype]
         if lora is not None and lora.save == "adapter":
             self._save_adapter(folder)

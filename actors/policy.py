@@ -42,7 +42,7 @@ class PolicyTrainer(LanguageModelTrainer):
     statistics = {"policy_loss": LOSS, "kl_loss": LOSS, "clipfrac": TOKENS, "ppo_kl": TOKENS, "entropy": TOKENS}
 
     def __init__(self, world: World, config: Config, model_path: str, transport: str, total_steps: int):
-        lm = load_trained_lm(model_path, config.policy)
+        lm = load_trained_lm(model_path, config, config.policy, world)
         super().__init__(world, config, config.policy, lm, total_steps, rollout=config.rollout, transport=transport)
 
     def training_forward(self) -> Any:

@@ -56,7 +56,7 @@ class PreferenceTrainer(LanguageModelTrainer):
     }
 
     def __init__(self, world: World, config: PreferenceConfig, model_path: str, transport: str, total_steps: int):
-        lm = load_trained_lm(model_path, config.policy)
+        lm = load_trained_lm(model_path, config, config.policy, world)
         self.sharing = prompt_sharing(lm.base_model, config.policy)
         self.paired, self.beta = config.dpo.loss != "kto", config.dpo.beta
         super().__init__(world, config, config.policy, lm, total_steps, rollout=config.rollout, transport=transport)

@@ -18,10 +18,11 @@ from rayrlhf.config.trainers import ModelConfig
 from rayrlhf.data.conversation import Message
 from rayrlhf.data.tokens import PromptTokenizer
 from rayrlhf.errors import InputRefused, RunFailed
-from rayrlhf.models.distributed import device_of
+from rayrlhf.models.frozen import FrozenModel
 from rayrlhf.models.layout import micro_batches
 from rayrlhf.models.loading import DTYPES, load_reward_model
 from rayrlhf.models.packing import packs
+from rayrlhf.models.residence import Level
 from rayrlhf.models.tokenizer import load_tokenizer, plain_prompts_are_chats
 from rayrlhf.models.world import World
 
@@ -169,32 +170,39 @@ class RewardModel:
     """
 
     def __init__(self, path: str, name: str, config: ScorerProcesses, tokenizer: Any, world: World):
-        self.name, self.path, self.device = name, path, device_of(world)
+        self.name, self.path = name, path
         self.settings = ModelConfig(
             dtype=config.dtype,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             attention=config.attention,
             trust_remote_code=config.trust_remote_code,
         )
-        self.model = load_reward_model(path, self.settings, dtype=DTYPES[config.dtype]).to(self.device).eval()
+        dtype = DTYPES[config.dtype]
+        self.frozen = FrozenModel(
+            "reward",
+            world,
+            lambda zero: load_reward_model(path, self.settings, dtype=dtype, zero=zero),
+            zero_stage=config.zero_stage,
+            offload=config.offload_parameters,
+            dtype=config.dtype,
+        )
         own = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
         self.policy_tokenizer = tokenizer
         self.encoder = None if own.get_vocab() == tokenizer.get_vocab() else PromptTokenizer(own)
         self.chats = plain_prompts_are_chats(path, bool(own.chat_template))
 
-    @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        """One forward over the samples.
+        """One forward over the samples; with ``zero_stage`` 3 all ranks call it, with their samples or with none.
 
         Raises:
-            RunFailed: where a score isn't finite.
+            RunFailed: where a score isn't finite, or the model isn't on its device (`set_residence`).
         """
-        if self.encoder is not None:
+        if self.encoder is not None and len(batch):
             batch = self._tokenized_again(batch, self.encoder)
         scores = torch.zeros(len(batch), dtype=torch.float32)
-        for micro in micro_batches(batch, self.settings.tokens_per_micro_batch, packs(self.settings), mask=None):
-            _, last = self.model(micro.to(self.device))
-            scores[micro.samples] = last.cpu()
+        inputs = micro_batches(batch, self.settings.tokens_per_micro_batch, packs(self.settings), mask=None)
+        for micro, (_, last) in zip(inputs, self.frozen.infer(inputs), strict=True):
+            scores[micro.samples] = last
         if not bool(torch.isfinite(scores).all()):
             raise RunFailed(f"reward model {self.path} gave a score that is not finite")
         return scores
@@ -309,7 +317,8 @@ class RewardScorer:
             if self.mark_failures and isinstance(made, Service):
                 found, columns[f"{named.name}/failure"] = made.score_each(batch) if len(batch) else (torch.zeros(0), [])
             else:
-                found = made.score(batch) if len(batch) else torch.zeros(0)
+                # A model may be spread over the ranks, and those with samples need the others.
+                found = made.score(batch) if len(batch) or isinstance(made, RewardModel) else torch.zeros(0)
             scores[named.name] = found
         summed = {n.name: n.weight for n, _ in self.sources if n.weight is not None}
         total = sum((weight * scores[name] for name, weight in summed.items()), torch.zeros(len(batch)))
@@ -318,6 +327,12 @@ class RewardScorer:
         if len(summed) > 1:
             columns |= {f"score/{name}": scores[name] for name in summed}
         return Batch(batch.offsets, {}, columns)
+
+    def set_residence(self, level: Level) -> None:
+        """Whether reward models are on the device ("weights", "all") or in host memory ("none"). All ranks are called."""
+        for _, made in self.sources:
+            if isinstance(made, RewardModel):
+                made.frozen.set_residence(level)
 
 
 def _made(named: NamedSource, config: ScorerProcesses, tokenizer: Any, world: World) -> Source:

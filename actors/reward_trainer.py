@@ -13,6 +13,7 @@ from rayrlhf.algorithms import bradley_terry_loss
 from rayrlhf.batch import Batch
 from rayrlhf.config.offline import RewardModelConfig
 from rayrlhf.errors import InputRefused
+from rayrlhf.models.engine import partitioner_for
 from rayrlhf.models.export import save_reward_folder
 from rayrlhf.models.heads import ScalarModel
 from rayrlhf.models.layout import ModelInput, micro_batches, pair_micro_batches
@@ -48,7 +49,9 @@ class RewardModelTrainer(TrainerRole):
         policy = config.policy
         if policy.lora is not None and policy.lora.save == "adapter":
             raise InputRefused("policy.lora.save is 'adapter': a reward model is written whole, legal here: 'merged'")
-        model = load_critic(model_path, policy, num_layers=None, dtype=torch.float32)
+        zero = partitioner_for(policy, world, self.role, config.cluster.call_timeout_s)
+        dtype = torch.float32 if zero is None else zero.dtype
+        model = load_critic(model_path, policy, num_layers=None, dtype=dtype, zero=zero)
         scorer_class(model.backbone.config, model_path)  # now, not after all the training
         self.model_path = model_path
         self.sharing = prompt_sharing(model.backbone, policy)
@@ -104,8 +107,10 @@ class RewardModelTrainer(TrainerRole):
         All ranks call it. Adapters are merged. See `save_reward_folder` for where mean, deviation and padding go.
 
         Raises:
-            RunFailed: where the merged model's scores aren't those of the model with its adapters.
+            RunFailed: where the merged model's scores aren't those of the model with its adapters; or where the weights
+                aren't on the device (`set_residence`).
         """
+        self.trainer.residence.require("weights", "saving the model")
         dtype = DTYPES[self.trained.dtype]
 
         def write(where: Path | None) -> None:

@@ -11,23 +11,28 @@ from typing import Literal
 
 import torch
 
+from rayrlhf.actors.rollout_adapter import adapter_problems
 from rayrlhf.actors.rollout_common import (
     Engine,
     Finished,
+    Part,
     Request,
     layout_problems,
     read_model_facts,
     rollout_environment,
 )
+from rayrlhf.actors.rollout_intake import Intake
 from rayrlhf.batch import Batch
+from rayrlhf.cluster.sharing import Share
 from rayrlhf.config.schema import SamplerConfig
+from rayrlhf.config.trainers import LoraConfig
 from rayrlhf.errors import RunFailed
 from rayrlhf.models.world import World
-from rayrlhf.weights import Entry, Manifest, checksum, differing, make_transport, receive
-from rayrlhf.weights.bucket import torch_dtype
-from rayrlhf.weights.checksums import listed
+from rayrlhf.weights import Address, Manifest
 
 __all__ = ["RolloutEngine", "rollout_environment"]
+
+ALL_PARTS: tuple[Part, ...] = ("weights", "kv_cache")
 
 
 class RolloutEngine:
@@ -36,17 +41,21 @@ class RolloutEngine:
     The engine starts with the weights of the folder, which are version 0. Each `receive_weights` raises the version.
 
     Args:
-        world: this process; the engine uses ``world.device`` and ``world.threads``.
+        world: this process; the engine uses ``world.device`` and ``world.threads``. With ``rollout.tensor_parallel`` above 1
+            vLLM starts so many workers as children of it, on the GPUs that the process sees.
         model_path: Hugging Face folder of the policy's starting model.
         config: the run's ``rollout`` section.
         dtype: ``float32`` or ``bfloat16``, the type of the engine's weights.
         max_model_tokens: longest prompt and response together, in tokens.
-        transport_name: ``shared_memory`` or ``object_store``.
         tokenizer_path: folder of the tokenizer; by default the model's.
         trust_remote_code: run code that comes with the model.
+        transport_name: how weights will come; a sender of another transport is refused. None: there is no saying.
+        lora: the policy's adapters, where they alone will be sent; None: all weights are sent.
 
     Raises:
-        InputRefused: where vLLM is asked for and missing, or the KV cache is too small for one sequence.
+        InputRefused: where vLLM is asked for and missing, the KV cache is too small for one sequence, or the model can't be
+            spread over so many workers.
+        RunFailed: where the engine doesn't come up.
     """
 
     def __init__(
@@ -57,9 +66,10 @@ class RolloutEngine:
         config: SamplerConfig,
         dtype: Literal["float32", "bfloat16"],
         max_model_tokens: int,
-        transport_name: str,
         tokenizer_path: str | None = None,
         trust_remote_code: bool = False,
+        transport_name: str | None = None,
+        lora: LoraConfig | None = None,
     ):
         tokenizer_path = tokenizer_path or model_path
         if world.device == "cpu" and world.threads is not None:
@@ -68,11 +78,13 @@ class RolloutEngine:
         self._dtype = dtype
         self._max_model_tokens = max_model_tokens
         self._facts = read_model_facts(model_path, tokenizer_path, trust_remote_code=trust_remote_code)
-        self._transport = make_transport(transport_name)
+        self._transport, self._lora = transport_name, lora
         self._manifest: Manifest | None = None
-        self._received = False
+        self._received: tuple[int, bool] | None = None
         self._unusable: str | None = None
-        self._generating = self._asleep = False
+        self._no_base: str | None = None
+        self._generating = False
+        self._awake: set[Part] = set(ALL_PARTS)
         self.weight_version = 0
         if config.engine == "vllm":
             from rayrlhf.actors.rollout_vllm import VllmEngine as EngineClass
@@ -87,6 +99,7 @@ class RolloutEngine:
             max_model_tokens=max_model_tokens,
             facts=self._facts,
             trust_remote_code=trust_remote_code,
+            lora=lora,
         )
 
     # -- generation ---------------------------------------------------------------------------------------------
@@ -98,6 +111,7 @@ class RolloutEngine:
         temperature: float | None = None,
         max_response_tokens: int | None = None,
         weight_version: int | None = None,
+        share: Share | None = None,
     ) -> Iterator[Batch]:
         """One response for each sample of ``prompts``, in chunks of ``rollout.chunk_samples`` as they finish.
 
@@ -107,6 +121,8 @@ class RolloutEngine:
             temperature: instead of the configured one; 0 takes the likeliest token.
             max_response_tokens: instead of the configured number.
             weight_version: refuse to generate with any other weights.
+            share: all engines have the same prompts, and each takes some of them through this when it has room: for
+                ``rollout.max_num_seqs`` that are unfinished, and no more than an even part of all.
 
         Yields:
             Batches with ``tokens``, ``response_mask``, ``rollout_logprobs`` for each token of prompt and response, and
@@ -118,13 +134,14 @@ class RolloutEngine:
         self._check_ready(weight_version)
         temperature = self._config.temperature if temperature is None else temperature
         requests = self._requests(prompts, temperature, max_response_tokens or self._config.max_response_tokens)
-        yield from self._chunks(prompts, requests)
+        places = min(self._config.max_num_seqs, -(-len(prompts) // self._config.engines))
+        yield from self._chunks(prompts, requests, Intake(requests, share, places))
 
     def _check_ready(self, weight_version: int | None) -> None:
+        if len(self._awake) < len(ALL_PARTS):
+            raise RunFailed("the rollout engine is asleep" + (": only its weights are awake" if self._awake else ""))
         if self._unusable:
             raise RunFailed(f"the rollout engine can't generate: {self._unusable}")
-        if self._asleep:
-            raise RunFailed("the rollout engine is asleep")
         if self._generating:
             raise RunFailed("the rollout engine is still generating: its chunks have not all been taken")
         if weight_version is not None and weight_version != self.weight_version:
@@ -156,11 +173,11 @@ class RolloutEngine:
             requests.append(Request(index, prompt, seeds[index], temperature, max_tokens))
         return requests
 
-    def _chunks(self, prompts: Batch, requests: list[Request]) -> Iterator[Batch]:
+    def _chunks(self, prompts: Batch, requests: list[Request], intake: Intake) -> Iterator[Batch]:
         self._generating = True
         try:
             waiting: list[Finished] = []
-            for finished in self._engine.generate(requests):
+            for finished in self._engine.generate(intake):
                 waiting.append(finished)
                 if len(waiting) == self._config.chunk_samples:
                     yield self._chunk(prompts, requests, waiting)
@@ -193,82 +210,88 @@ class RolloutEngine:
 
     # -- weights ------------------------------------------------------------------------------------------------
 
-    def receive_weights(self, manifest: Manifest, verify: bool) -> None:
-        """Take over a published set of weights; the prefix cache is emptied, once.
+    def connect_weights(self, address: Address) -> None:
+        """Join the group of the policy's sender; once, before the first `receive_weights`.
 
         Args:
-            manifest: what the trainer's `publish` returned.
-            verify: read the engine's parameters back and compare them with the manifest's checksums.
+            address: of the sender. Worker w of this engine is its receiver ``rank * tensor_parallel + w``.
 
         Raises:
-            RunFailed: where the weights don't fit (nothing has changed then), were damaged on their way, or are not
-                what the engine holds afterwards; tensors are named. The engine generates nothing until it has received
-                a whole set.
+            RunFailed: where the sender isn't there, or has another transport.
         """
-        if self._generating or self._asleep:
+        if self._transport not in (None, address.transport):
+            raise RunFailed(
+                f"the policy sends its weights by {address.transport}, the rollout engine was started for {self._transport}"
+            )
+        self._engine.connect(address)
+        self._received = None  # its versions are counted anew
+
+    def receive_weights(self, manifest: Manifest, verify: bool) -> None:
+        """Take over a set of weights, or an adapter, while the policy sends it; the prefix cache is emptied, once.
+
+        A set of weights replaces an adapter too. The engine's weights must be awake, its KV cache need not.
+
+        Args:
+            manifest: what is sent. Weights that are the base of an adapter are of no use until it comes.
+            verify: read the engine's parameters back and compare them with what arrived; of an adapter, what vLLM does with
+                it isn't read back.
+
+        Raises:
+            RunFailed: where the weights don't fit (nothing has changed then), don't come before the deadline, were damaged
+                on their way, or are not what the engine holds afterwards; tensors are named. The engine generates nothing
+                until it has received a whole set.
+        """
+        if self._generating or "weights" not in self._awake:
             doing = "generating" if self._generating else "asleep"
             raise RunFailed(f"weights can't change while the rollout engine is {doing}")
-        if verify and manifest.checksums is None:
-            raise RunFailed("the weights can't be verified: they were published without checksums")
-        if manifest.version < 0 or (self._received and manifest.version <= self.weight_version):
+        if verify and not manifest.checksums:
+            raise RunFailed("the weights can't be verified: they are sent without checksums")
+        adapter = manifest.kind == "adapter"
+        # An adapter may follow on the weights to which it belongs.
+        if manifest.version < 0 or (self._received and (manifest.version, adapter) <= self._received):
             raise RunFailed(
                 f"weights of version {manifest.version} are no newer than those of version {self.weight_version} which "
                 "the rollout engine holds"
             )
-        if manifest.dtype != self._dtype:
-            raise RunFailed(f"weights were published as {manifest.dtype}; the rollout engine's type is {self._dtype}")
-        problems = layout_problems(self._facts, manifest)
-        if problems:
-            raise RunFailed("the weights don't fit the rollout engine's model: " + "; ".join(problems[:8]))
-        self._unusable = f"the transfer of weights of version {manifest.version} did not finish"
-        self._engine.load(manifest, receive(manifest, self._transport))
+        self._check_fit(manifest)
+        what = "an adapter" if adapter else "weights"
+        self._unusable = f"the transfer of {what} of version {manifest.version} did not finish"
+        if not adapter:
+            self._no_base = self._unusable
+        self._engine.load(manifest, verify)
         self._engine.reset_prefix_cache()
-        self._manifest = manifest
-        if verify:
-            self._verify(manifest)
-        self.weight_version, self._received, self._unusable = manifest.version, True, None
+        if not adapter:
+            self._manifest, self._no_base = manifest, None
+        self.weight_version, self._received, self._unusable = manifest.version, (manifest.version, adapter), None
+        if not adapter and manifest.adapter is not None:
+            self._unusable = f"of version {manifest.version} it has the base, and its adapter has not come"
+
+    def _check_fit(self, manifest: Manifest) -> None:
+        if manifest.adapter is not None and self._lora is None:
+            raise RunFailed("an adapter comes to a rollout engine that was started for whole sets of weights")
+        if manifest.kind == "adapter":
+            assert self._lora is not None
+            if self._no_base:
+                raise RunFailed(f"an adapter comes to a rollout engine that has no base weights: {self._no_base}")
+            problems = adapter_problems(self._facts, manifest, self._lora.rank)
+        else:
+            if manifest.dtype != self._dtype:
+                raise RunFailed(f"weights are sent as {manifest.dtype}; the rollout engine's type is {self._dtype}")
+            problems = layout_problems(self._facts, manifest)
+        if problems:
+            kind = "adapter doesn't" if manifest.kind == "adapter" else "weights don't"
+            raise RunFailed(f"the {kind} fit the rollout engine's model: " + "; ".join(problems[:8]))
 
     def weight_checksums(self) -> dict[str, int]:
-        """CRC-32 of each parameter as the engine holds it, by Hugging Face name, in the type in which it was published.
-
-        A tied output layer is among them, under its own name.
+        """CRC-32 of each tensor of the last set of weights as the engine holds it, by Hugging Face name, in the type in
+        which it was sent. A tied output layer is among them, under its own name.
 
         Raises:
-            RunFailed: where no weights have been received yet.
+            RunFailed: where no weights have been received yet, or each of the engine's workers holds a part of them.
         """
         if self._manifest is None:
             raise RunFailed("the rollout engine has received no weights yet, so there is nothing to compare them with")
-        found = {}
-        embedding = None
-        for entry in self._manifest.entries():
-            parameter = self._engine.parameter(entry)
-            if parameter is not None:
-                found[entry.name] = checksum(parameter.to(torch_dtype(entry.dtype)))
-            if entry.name == self._facts.embedding:
-                embedding = entry
-        if self._facts.tied and embedding:
-            output = self._engine.output_layer()
-            if output is not None:
-                found[self._facts.tied] = checksum(_rows(output, embedding))
-        return found
-
-    def _verify(self, manifest: Manifest) -> None:
-        expected = dict(manifest.checksums or {})
-        if self._facts.tied:
-            expected[self._facts.tied] = expected[self._facts.embedding]
-        found = self.weight_checksums()
-        unread = [name for name in expected if name not in found]
-        if unread:
-            raise RunFailed(
-                f"the rollout engine's weights can't be verified: {self._config.engine} doesn't tell where it keeps "
-                f"{listed(unread)}"
-            )
-        wrong = differing(expected, found)
-        if wrong:
-            raise RunFailed(
-                f"after the transfer of version {manifest.version} the rollout engine holds other weights than the "
-                f"trainer published: {listed(wrong)}"
-            )
+        return self._engine.checksums(self._manifest)
 
     # -- memory -------------------------------------------------------------------------------------------------
 
@@ -276,7 +299,8 @@ class RolloutEngine:
         """Give the device's memory to the trainer: level 1 keeps the weights in host memory, level 2 drops them.
 
         On a CPU no memory is freed: engine and trainer share it, and vLLM gives none of it back there. The rules are
-        the same everywhere: asleep, it neither generates nor receives; after level 2 it needs weights to generate.
+        the same everywhere: asleep, it neither generates nor receives; after level 2 it needs a whole set of weights to
+        generate.
 
         Raises:
             RunFailed: while samples are being generated.
@@ -285,25 +309,30 @@ class RolloutEngine:
             raise ValueError(f"level is {level}; legal ones are 1 and 2")
         if self._generating:
             raise RunFailed("the rollout engine can't sleep while it is generating")
-        if self._asleep:
+        if not self._awake:
             return
+        self.wake()  # vLLM can only put all of it to sleep at once
         self._engine.sleep(level)
-        self._asleep = True
+        self._awake = set()
         if level == 2:
-            self._unusable = "sleep(level=2) dropped its weights, and it has received none since"
+            self._unusable = self._no_base = "sleep(level=2) dropped its weights, and it has received none since"
 
-    def wake(self) -> None:
-        """Take the device's memory again. Awake already, it does nothing."""
-        if self._asleep:
-            self._engine.wake()
-            self._asleep = False
+    def wake(self, part: Part = "all") -> None:
+        """Take the device's memory again; what is awake already stays so.
+
+        Args:
+            part: ``weights``: enough to receive some. ``kv_cache``: what generating needs beside them. ``all``: both.
+
+        Raises:
+            ValueError: for another part.
+        """
+        if part not in (*ALL_PARTS, "all"):
+            raise ValueError(f"part is {part!r}; legal ones are weights, kv_cache and all")
+        missing = [p for p in ALL_PARTS if part in (p, "all") and p not in self._awake]
+        if missing:
+            self._engine.wake("all" if len(missing) == len(ALL_PARTS) else missing[0])
+            self._awake |= set(missing)
 
     def close(self) -> None:
         """End the engine and free its memory."""
         self._engine.close()
-        self._transport.close()
-
-
-def _rows(weight: torch.Tensor, entry: Entry) -> torch.Tensor:
-    """The first rows of a weight that is padded, in the entry's type."""
-    return weight[: entry.shape[0]].to(torch_dtype(entry.dtype))

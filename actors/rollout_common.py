@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
-from rayrlhf.weights import Entry, Manifest
+from rayrlhf.errors import InputRefused, RunFailed
+from rayrlhf.models.export import weight_layout
+from rayrlhf.weights import Address, Manifest
+
+if TYPE_CHECKING:
+    from rayrlhf.actors.rollout_intake import Intake
 
 __all__ = [
     "Engine",
+    "Failed",
     "Finished",
     "ModelFacts",
+    "Part",
     "Request",
+    "check_tensor_parallel",
     "layout_problems",
     "read_model_facts",
     "rollout_environment",
     "unpartitioned",
 ]
+
+Part = Literal["weights", "kv_cache", "all"]
+"""What of an engine can be woken up by itself."""
 
 
 def rollout_environment(device: Literal["cpu", "cuda"]) -> dict[str, str]:
@@ -32,6 +42,9 @@ def rollout_environment(device: Literal["cpu", "cuda"]) -> dict[str, str]:
     """
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: we step the engine ourselves
+        # Workers of a tensor-parallel engine: a fork would take over this process's threads' locks and CUDA's state.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "3",  # the others are ended so soon after one of them has died
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # the one model runner that all supported versions have, on every device
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -70,24 +83,38 @@ class Finished:
     reason: Literal["stop", "length"]
 
 
+class Failed(NamedTuple):
+    """What one of vLLM's workers failed at. An exception itself would reach the engine as no more than its text."""
+
+    error: RunFailed
+
+
 class Engine(Protocol):
-    """What generates. It lives in this process, and its methods are called by one thread."""
+    """What generates. It is used from this process, and its methods are called by one thread."""
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Finished]:
-        """All requests, as they finish; the order depends on nothing but the requests and the weights."""
+    def generate(self, intake: Intake) -> Iterator[Finished]:
+        """All requests that are taken in, as they finish; the order depends on nothing but these and the weights."""
 
-    def load(self, manifest: Manifest, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Take over a whole set of weights.
+    def connect(self, address: Address) -> None:
+        """Get ready to receive weights from there, once for all transfers of that group.
 
         Raises:
-            RunFailed: where a parameter of the engine was not among them.
+            RunFailed: where the other side isn't there.
         """
 
-    def parameter(self, entry: Entry) -> Tensor | None:
-        """The engine's own copy of a parameter, None where it has none of that name."""
+    def load(self, manifest: Manifest, verify: bool) -> None:
+        """Take over a whole set of weights, or an adapter; runs while they are sent.
 
-    def output_layer(self) -> Tensor | None:
-        """The weight [rows >= vocabulary, hidden] which makes the logits, None where it can't be told."""
+        Args:
+            verify: compare what the engine holds afterwards with what arrived.
+
+        Raises:
+            RunFailed: where a parameter of the engine was not among them, or isn't what was sent; tensors are named.
+        """
+
+    def checksums(self, manifest: Manifest) -> dict[str, int]:
+        """CRC-32 of each of the manifest's tensors as the engine holds it, in the type in which it was sent; those which
+        it can't tell are missing."""
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached keys and values."""
@@ -95,7 +122,7 @@ class Engine(Protocol):
     def sleep(self, level: int) -> None:
         """Give memory back."""
 
-    def wake(self) -> None:
+    def wake(self, part: Part) -> None:
         """Take it again."""
 
     def close(self) -> None:
@@ -113,11 +140,15 @@ class ModelFacts:
     eos_ids: tuple[int, ...]
     """Every token that ends a response."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Shape of each parameter by its Hugging Face name; a tied output layer is not among them."""
+    """Shape of each tensor of a checkpoint by its name; a tied output layer is not among them."""
     embedding: str
     """Name of the input embedding."""
     tied: str | None
     """Name of the output layer where it is the input embedding, else None."""
+
+    def without_config(self) -> ModelFacts:
+        """The same for another process, to which a configuration with code of its own can't travel."""
+        return replace(self, config=None)
 
 
 def _as_ids(value: Any) -> list[int]:
@@ -150,7 +181,7 @@ def read_model_facts(model_path: str, tokenizer_path: str, *, trust_remote_code:
     tied = next((n for n, p in parameters.items() if n != embedding and p is parameters[embedding]), None)
     if tied is None and getattr(text, "tie_word_embeddings", False):
         tied = output_name  # not every model ties its parameters before it has weights
-    shapes = {n: tuple(p.shape) for n, p in parameters.items() if names[id(p)] == n and n != tied}
+    shapes = {name: shape for name, shape, _ in weight_layout(model) if name != tied}
     return ModelFacts(config, shapes[embedding][0], tuple(sorted(set(eos))), shapes, embedding, tied)
 
 
@@ -168,6 +199,40 @@ def layout_problems(facts: ModelFacts, manifest: Manifest) -> list[str]:
             hint = " (the vocabularies differ)" if name in (facts.embedding, facts.tied) else ""
             problems.append(f"{name} has the shape {list(shape)}, the engine's {list(expected)}{hint}")
     return problems
+
+
+def check_tensor_parallel(config: Any, size: int) -> None:
+    """Refuse to cut a model into parts that it can't be cut into.
+
+    Each part has the same number of attention heads; key-value heads are spread likewise, or each is held by the same
+    number of parts.
+
+    Args:
+        config: transformers configuration of the model.
+        size: parts.
+
+    Raises:
+        InputRefused: with the legal sizes.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    inner = [
+        value
+        for key in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+        if (value := getattr(text, key, None))
+    ]
+
+    def fits(n: int) -> bool:
+        shared = groups % n == 0 or n % groups == 0
+        return heads % n == 0 and shared and all(value % n == 0 for value in inner)
+
+    if not fits(size):
+        legal = ", ".join(str(n) for n in range(1, heads + 1) if fits(n))
+        raise InputRefused(
+            f"rollout.tensor_parallel is {size}, which does not divide the model: it has {heads} attention heads, "
+            f"{groups} key-value heads and inner layers of {' and '.join(map(str, inner))}; legal sizes are {legal}"
+        )
 
 
 @contextlib.contextmanager

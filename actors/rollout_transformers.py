@@ -14,11 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rayrlhf.actors.rollout_common import Finished, ModelFacts, Request, unpartitioned
+from rayrlhf.actors.rollout_adapter import adapted_name, scale_of
+from rayrlhf.actors.rollout_common import Finished, ModelFacts, Part, Request, unpartitioned
+from rayrlhf.actors.rollout_intake import Intake
+from rayrlhf.actors.rollout_parts import Comparison, WholeParts
 from rayrlhf.config.schema import SamplerConfig
-from rayrlhf.errors import RunFailed
+from rayrlhf.config.trainers import LoraConfig
+from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.models.world import World
-from rayrlhf.weights import Entry, Manifest
+from rayrlhf.weights import Address, Manifest, Receiver, open_receiver
 from rayrlhf.weights.bucket import torch_dtype
 from rayrlhf.weights.checksums import listed
 
@@ -91,16 +95,28 @@ class TransformersEngine:
         max_model_tokens: int,
         facts: ModelFacts,
         trust_remote_code: bool,
+        lora: LoraConfig | None,
     ):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        if config.tensor_parallel > 1:
+            raise InputRefused(
+                f"rollout.tensor_parallel is {config.tensor_parallel}; rollout.engine=transformers runs in one process: take "
+                "rollout.engine=vllm, or rollout.tensor_parallel=1"
+            )
         with unpartitioned(), _without_progress_bar():
             model = AutoModelForCausalLM.from_pretrained(
-                model_path, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code
+                model_path,
+                dtype=torch_dtype(dtype),
+                trust_remote_code=trust_remote_code,
+                attn_implementation=_attention(facts.config),
             )
         self._model = model.to(torch.device(world.device)).eval()  # type: ignore[arg-type]
         self._model.requires_grad_(False)
         self._device = torch.device(world.device)
+        self._rank = world.rank
+        self._receiver: Receiver | None = None
+        self._base: dict[str, Tensor] = {}
         self._config = config
         self._facts = facts
         self._eos = frozenset(facts.eos_ids)
@@ -112,10 +128,11 @@ class TransformersEngine:
 
     # -- generation ---------------------------------------------------------------------------------------------
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Finished]:
+    def generate(self, intake: Intake) -> Iterator[Finished]:
         size = self._config.max_num_seqs
-        for start in range(0, len(requests), size):
-            yield from self._generate_batch(requests[start : start + size])
+        while requests := intake.take(0):
+            for start in range(0, len(requests), size):
+                yield from self._generate_batch(requests[start : start + size])
 
     def _generate_batch(self, requests: Sequence[Request]) -> Iterator[Finished]:
         from transformers import DynamicCache
@@ -181,24 +198,77 @@ class TransformersEngine:
 
     # -- weights ------------------------------------------------------------------------------------------------
 
+    def connect(self, address: Address) -> None:
+        if self._receiver is not None:
+            self._receiver.close()
+        self._receiver = open_receiver(address, self._rank, self._device)
+        self._receiver.connect()
+
     @torch.no_grad()
-    def load(self, manifest: Manifest, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+    def load(self, manifest: Manifest, verify: bool) -> None:
+        if self._receiver is None:
+            raise RunFailed("the rollout engine has not been connected to the policy: connect_weights comes first")
+        named = self._receiver.receive(manifest)
+        if manifest.kind == "adapter":
+            self._apply_adapter(manifest, named)
+            return
+        comparison = Comparison(WholeParts(self._model, self._facts), self._facts)
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        self._base = {}
+        named = comparison.watch(manifest, named) if verify else named
+        if self._facts.shapes.keys() <= own.keys():
+            left = self._copy(own, named)
+        else:
+            left = self._rebuild(named)
+            comparison.parts = WholeParts(self._model, self._facts)
+        if left:
+            raise RunFailed(
+                f"the transfer of version {manifest.version} left parameters of the model as they were: {listed(left)}"
+            )
+        if verify:
+            comparison.check(manifest.version, "the rollout engine")
+
+    def _copy(self, parameters: dict[str, Any], named_tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
+        """Copy tensors into the parameters; the names of those that none came for."""
         left = {id(parameter): name for name, parameter in reversed(parameters.items())}
         for name, tensor in named_tensors:
             parameters[name].copy_(tensor)
             left.pop(id(parameters[name]), None)
-        if left:
-            raise RunFailed(
-                f"the transfer of version {manifest.version} left parameters of the model as they were: "
-                f"{listed(left.values())}"
+        return list(left.values())
+
+    def _rebuild(self, named_tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
+        """The same for a model whose parameters aren't a checkpoint's tensors: a new one is made of them."""
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in named_tensors}
+        with unpartitioned(), _without_progress_bar():
+            model, found = type(self._model).from_pretrained(
+                None,
+                config=self._model.config,
+                state_dict=state,
+                dtype=self._model.dtype,
+                attn_implementation=_attention(self._model.config),
+                output_loading_info=True,
             )
+        self._model = model.to(self._device).eval().requires_grad_(False)
+        return sorted(found["missing_keys"])
 
-    def parameter(self, entry: Entry) -> Tensor | None:
-        return dict(self._model.named_parameters(remove_duplicate=False)).get(entry.name)
+    def _apply_adapter(self, manifest: Manifest, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """W + scale * B A in place of W (Hu et al. 2021, eq. 3), computed in float32."""
+        assert manifest.adapter is not None
+        scale = scale_of(manifest.adapter)
+        factors: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in named_tensors:
+            weight, factor = adapted_name(name)
+            factors.setdefault(weight, {})[factor] = tensor.to(self._device, torch.float32, copy=True)
+        parameters = dict(self._model.named_parameters())
+        for name in self._base.keys() - factors.keys():
+            parameters[name].copy_(self._base[name])
+        for name, pair in factors.items():
+            base = self._base.setdefault(name, parameters[name].to("cpu", copy=True))
+            change = scale * (pair["B"] @ pair["A"])
+            parameters[name].copy_(base.to(self._device) + change.to(parameters[name].dtype))
 
-    def output_layer(self) -> Tensor | None:
-        return getattr(self._model.get_output_embeddings(), "weight", None)
+    def checksums(self, manifest: Manifest) -> dict[str, int]:
+        return WholeParts(self._model, self._facts).checksums(manifest.entries())
 
     def reset_prefix_cache(self) -> None:
         """Nothing is kept from one call to the next."""
@@ -210,12 +280,20 @@ class TransformersEngine:
             self._model.to("cpu")
             torch.cuda.empty_cache()
 
-    def wake(self) -> None:
+    def wake(self, part: Part) -> None:
+        """The weights come back with whatever part is woken first; there is nothing else."""
         if self._device.type == "cuda":
             self._model.to(self._device)
 
     def close(self) -> None:
+        if self._receiver is not None:
+            self._receiver.close()
         self.__dict__.pop("_model", None)
+
+
+def _attention(config: Any) -> str | None:
+    """torch's attention, which is transformers' choice (None), leaves out a soft cap of attention logits (Gemma 2)."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None else None
 
 
 @contextlib.contextmanager

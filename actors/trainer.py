@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from rayrlhf.config.trainers import TrainedConfig
 from rayrlhf.models.engine import StepOutcome, TrainEngine
 from rayrlhf.models.layout import ModelInput, micro_batches
 from rayrlhf.models.packing import packs
+from rayrlhf.models.residence import Level
 from rayrlhf.models.world import World
 
 __all__ = [
@@ -78,6 +78,8 @@ def token_weights(shard: Batch, counts: StepCounts, aggregation: str, denominato
 class TrainerRole:
     """A model in training, on one of the ranks of its group."""
 
+    role = "policy"
+    """Its name among the roles of a run, and that of its section in the configuration."""
     training_columns: tuple[str, ...]
     """Columns of a batch that training reads, where the batch has them."""
     statistics: Mapping[str, str]
@@ -87,9 +89,8 @@ class TrainerRole:
     def __init__(self, world: World, config: RunConfig, trained: TrainedConfig, model: nn.Module, total_steps: int):
         self.world, self.config, self.trained = world, config, trained
         self.skipped_in_a_row = 0
-        self.trainer = TrainEngine(
-            model, trained, world, total_steps=total_steps, timeout_s=config.cluster.call_timeout_s
-        )
+        timeout_s = config.cluster.call_timeout_s
+        self.trainer = TrainEngine(model, trained, world, total_steps=total_steps, timeout_s=timeout_s, role=self.role)
 
     # -- what a trainer says of itself ----------------------------------------------------------------------------
 
@@ -130,7 +131,9 @@ class TrainerRole:
 
         Raises:
             FloatingPointError: after ``optimizer.max_skipped_steps`` skipped optimizer steps, one after the other.
+            RunFailed: where the role's states aren't all on the device (`set_residence`).
         """
+        self.trainer.residence.require("all", "an update")
         names = [name for name in self.training_columns if name in batch]
         whole = Batch(
             batch.offsets,
@@ -194,6 +197,15 @@ class TrainerRole:
 
     # -- state ----------------------------------------------------------------------------------------------------
 
+    def set_residence(self, level: Level) -> None:
+        """What of this rank is on its device from now on; the rest is in host memory. All ranks are called alike.
+
+        Args:
+            level: "none"; "weights": enough for forwards, and for publishing the weights; "all": for updates, saving and
+                loading too.
+        """
+        self.trainer.residence.set(level)
+
     def save(self, folder: str) -> None:
         """Weights, optimizer and schedule; all ranks write into the same folder."""
         self.trainer.save(folder)
@@ -205,9 +217,3 @@ class TrainerRole:
     def set_lr_scale(self, factor: float) -> None:
         """From now on the learning rate is the schedule's times ``factor``; part of the saved state."""
         self.trainer.lr_scale = factor
-
-    def describe(self) -> dict[str, Any]:
-        """Sizes for the log: all parameters and those that are trained, on this rank."""
-        parameters = list(self.trainer.module.parameters())
-        count = lambda ps: sum(getattr(p, "ds_numel", p.numel()) for p in ps)  # noqa: E731
-        return {"parameters": count(parameters), "trained": count(p for p in parameters if p.requires_grad)}

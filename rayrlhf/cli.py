@@ -83,19 +83,40 @@ def train(
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Show a configuration's batch arithmetic and roles, or a pipeline's stages, without starting anything."""
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document, in bytes and seconds.")] = False,
+) -> None:
+    """Show what a run will do, where its roles sit, what they hold and send, or a pipeline's stages. Starts nothing.
+
+    Exit code 1 where it can't run as planned, with all reasons. Keys of --json: docs/plan.md.
+    """
     with _told_plainly():
+        import json
+
         from rich.console import Console
 
-        from rayrlhf.config import load_config, plan_rows
+        from rayrlhf.config import load_config
         from rayrlhf.config.pipeline import is_pipeline, load_pipeline, pipeline_rows
-        from rayrlhf.monitoring.plan import render_plan
+        from rayrlhf.monitoring.plan import render_full_plan, render_plan
+        from rayrlhf.planning.document import document
+        from rayrlhf.planning.plan import make_plan
 
         if is_pipeline(config):
-            render_plan(pipeline_rows(load_pipeline(config, overrides or [])), Console())
+            rows = pipeline_rows(load_pipeline(config, overrides or []))
+            if as_json:
+                print(json.dumps({"algorithm": "pipeline", "stages": [row._asdict() for row in rows]}, indent=1))
+            else:
+                render_plan(rows, Console())
+            return
+        made = make_plan(load_config(config, overrides or []))
+        if as_json:
+            print(json.dumps(document(made), indent=1))
         else:
-            render_plan(plan_rows(load_config(config, overrides or [])), Console())
+            render_full_plan(made, Console())
+        if made.problems:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -197,6 +218,59 @@ def critique(config: ConfigPath, overrides: Overrides = None) -> None:
         from rayrlhf.drivers.critique import critique_responses
 
         critique_responses(loaded)
+
+
+@app.command()
+def submit(
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(metavar="CONFIG", help="A YAML configuration."),
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, such as http://HEAD:8265."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
+    on_interrupt: Annotated[
+        str, typer.Option(help="What Ctrl-C does to the job: ask, leave or stop. Without a terminal ask is leave.")
+    ] = "ask",
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Watch the job to its end.")] = True,
+    env: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="NAME[=VALUE]",
+            help="Environment variable of the job and its roles; NAME alone takes its value here. Ray's dashboard knows it.",
+        ),
+    ] = None,
+    follow: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="JOB", help="Watch a job that was submitted before; takes no CONFIG."),
+    ] = None,
+) -> None:
+    """Run a configuration as a job of a Ray cluster: code, data files and configuration travel, the log comes back.
+
+    Ends with the job's exit code. The folder in which the command is given travels, without what .gitignore and .rayignore
+    name; files that the configuration names travel in any case. With token authentication RAY_AUTH_TOKEN or
+    RAY_AUTH_TOKEN_PATH is set as for Ray's own commands.
+    """
+    with _told_plainly("Interrupted: no job was submitted."):
+        from rayrlhf.drivers.submit_command import run_submit
+
+        _prepare_process(alone=True)
+        left = run_submit(
+            config,
+            overrides or [],
+            address=address,
+            resume=resume,
+            on_interrupt=on_interrupt,
+            wait=wait,
+            env=env or [],
+            follow=follow,
+        )
+        if left is not None:
+            _complain(left)
+            raise typer.Exit(1)
 
 
 @data_app.command("check")

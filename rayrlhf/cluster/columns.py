@@ -20,6 +20,9 @@ from rayrlhf.batch import Batch, Deferred
 
 __all__ = ["Block", "RayColumns", "WireBatch", "from_wire", "refer", "stage", "to_wire", "to_wire_value"]
 
+SMALL_BYTES = 64 << 10
+"""Up to here one more object in the store costs more than bytes that nobody reads."""
+
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -87,16 +90,20 @@ def _put(columns: Mapping[str, Any]) -> Block:
 def stage(batch: Batch) -> Batch:
     """The same batch with all concrete columns in the object store.
 
-    Each token column is an object of its own, the (small) sample columns are one. Deferred columns stay what they are.
+    Each token column is an object of its own, so that nobody reads what he doesn't use; the (small) sample columns are one,
+    with the token columns where these are small too. Deferred columns stay what they are.
     """
     token, sample = batch.columns()
-    small = {name: column for name, column in sample.items() if not isinstance(column, Deferred)}
+    whole = {name: column for name, column in token.items() if isinstance(column, Tensor)}
+    small: dict[str, Any] = {name: column for name, column in sample.items() if not isinstance(column, Deferred)}
+    if sum(column.nbytes for column in whole.values()) <= SMALL_BYTES:
+        small, whole = small | whole, {}
     if small:
         block = _put(small)
-        sample.update({name: Deferred.whole(RayColumns(block, name), len(batch), None) for name in small})
-    for name, column in token.items():
-        if not isinstance(column, Deferred):
-            token[name] = Deferred.whole(RayColumns(_put({name: column}), name), len(batch), batch.offsets)
+        sample.update({n: Deferred.whole(RayColumns(block, n), len(batch), None) for n in small if n in sample})
+        token.update({n: Deferred.whole(RayColumns(block, n), len(batch), batch.offsets) for n in small if n in token})
+    for name, column in whole.items():
+        token[name] = Deferred.whole(RayColumns(_put({name: column}), name), len(batch), batch.offsets)
     return Batch(batch.offsets, token, sample)
 
 

@@ -79,6 +79,27 @@ class Group(ABC):
             timeout_s: deadline for the next batch of each rank. By default cluster.call_timeout_s.
         """
 
+    @abstractmethod
+    def stream_shared(
+        self,
+        method: str,
+        batch: Batch,
+        units: Sequence[Sequence[int]],
+        *,
+        timeout_s: float | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Batch]:
+        """Run the generator ``role.method(batch, share=share, **kwargs)`` on each rank, and yield its batches as they come.
+
+        Each rank takes samples from the common pile through ``share`` (`rayrlhf.cluster.sharing.Share`) whenever it has room
+        for some, until there are none left. So who is faster does more.
+
+        Args:
+            batch: all samples.
+            units: the places of samples which go to one rank together, in the order in which they are handed out.
+            timeout_s: deadline for the next batch of each rank. By default cluster.call_timeout_s.
+        """
+
     def take_busy(self) -> dict[str, float]:
         """Seconds that the role was at work in each of its methods since this was last asked, on its slowest rank."""
         slowest: dict[str, float] = {}

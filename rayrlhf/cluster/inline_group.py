@@ -11,6 +11,7 @@ from rayrlhf.batch import Batch
 from rayrlhf.cluster.clock import BusyClock
 from rayrlhf.cluster.errors import START, Failure, RoleFailed
 from rayrlhf.cluster.group import Group, Pending, check_chunk, check_new_columns
+from rayrlhf.cluster.sharing import Pile
 from rayrlhf.cluster.spec import RoleSpec, load_class, process_env, thread_count
 from rayrlhf.config.base import ClusterConfig
 from rayrlhf.errors import InputRefused
@@ -66,6 +67,17 @@ class InlineGroup(Group):
         self.check_streams(batches)
         return self._stream(method, batches[0], kwargs)
 
+    def stream_shared(
+        self,
+        method: str,
+        batch: Batch,
+        units: Sequence[Sequence[int]],
+        *,
+        timeout_s: float | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Batch]:
+        return self._stream(method, batch, {**kwargs, "share": Pile(units)})
+
     def _stream(self, method: str, batch: Batch, kwargs: Mapping[str, Any]) -> Iterator[Batch]:
         chunks = None
         while True:
@@ -104,13 +116,18 @@ def start_inline(specs: Sequence[RoleSpec], settings: ClusterConfig) -> dict[str
     """Build every role in this process, in the order given.
 
     Raises:
-        InputRefused: where a role has several ranks.
+        InputRefused: where a role has several ranks, or several GPUs for one.
         RoleFailed: where a constructor raises; chained to its exception.
     """
     several = [
         f"{spec.name}: {spec.ranks} ranks; cluster.executor=inline has one process, so ranks must be 1"
         for spec in specs
         if spec.ranks > 1
+    ]
+    several += [
+        f"{spec.name}: {spec.gpus_per_rank} GPUs for one process; cluster.executor=inline has one process, with one GPU"
+        for spec in specs
+        if spec.gpus_per_rank > 1
     ]
     if several:
         raise InputRefused(several)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from rayrlhf.batch import Batch
-from rayrlhf.cluster.columns import Block, from_wire, refer, stage, to_wire_value
+from rayrlhf.cluster.columns import Block, WireBatch, from_wire, refer, stage, to_wire_value
 from rayrlhf.cluster.group import Group, Pending
+from rayrlhf.cluster.nodes import lost_nodes
 from rayrlhf.cluster.ray_pending import Deadline, Members, RayPending, RayStream, ask_quietly
 from rayrlhf.cluster.ray_process import ProcessInfo
+from rayrlhf.cluster.ray_share import PileHolder, WireShare, lay_out
 from rayrlhf.cluster.split import inverse, split_by_tokens
 
 __all__ = ["ActorGroup", "end_processes"]
@@ -38,6 +41,8 @@ class ActorGroup(Group):
         self._ranks_per_shard, self.shards = ranks_per_shard, len(handles) // ranks_per_shard
         self._members, self._handles = members, list(handles)
         self._call_timeout_s, self._closes = call_timeout_s, closes
+        self._holder: Any = None
+        self._calls = itertools.count()
 
     @property
     def pids(self) -> list[int]:
@@ -82,9 +87,30 @@ class ActorGroup(Group):
     ) -> Iterator[Batch]:
         self.check_streams(batches)
         self._check_usable()
+        return self._stream(method, [refer(stage(batch)) for batch in batches], timeout_s, kwargs)
+
+    def stream_shared(
+        self,
+        method: str,
+        batch: Batch,
+        units: Sequence[Sequence[int]],
+        *,
+        timeout_s: float | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Batch]:
+        self._check_usable()
+        if self._holder is None:
+            self._holder = ray.remote(PileHolder).options(num_cpus=0, max_restarts=0).remote()
+        share = WireShare(self._holder, next(self._calls))
+        lay_out(share, units, self._call_timeout_s if timeout_s is None else timeout_s)
+        return self._stream(method, [refer(stage(batch))] * self.size, timeout_s, {**kwargs, "share": share})
+
+    def _stream(
+        self, method: str, batches: Sequence[WireBatch], timeout_s: float | None, kwargs: Mapping[str, Any]
+    ) -> Iterator[Batch]:
         arguments = {name: to_wire_value(value) for name, value in kwargs.items()}
         generators = [
-            handle.stream.options(num_returns="streaming").remote(method, refer(stage(batch)), arguments)
+            handle.stream.options(num_returns="streaming").remote(method, batch, arguments)
             for handle, batch in zip(self._handles, batches, strict=True)
         ]
         deadlines = [Deadline(timeout_s, self._call_timeout_s) for _ in generators]
@@ -98,6 +124,9 @@ class ActorGroup(Group):
 
     def close(self) -> None:
         handles, self._handles = self._handles, []
+        if self._holder is not None and ray.is_initialized():
+            ray.kill(self._holder)
+        self._holder = None
         if self._closes and self._members.broken is None:
             ask_quietly([handle.close.remote() for handle in handles], CLOSE_SECONDS)
         end_processes(list(zip(handles, self._members.infos, strict=False)))
@@ -111,7 +140,10 @@ def end_processes(processes: Sequence[tuple[Any, ProcessInfo | None]]) -> None:
         ray.kill(handle, no_restart=True)
     end = time.monotonic() + END_SECONDS
     here = ray.get_runtime_context().get_node_id()
+    lost = lost_nodes(info.node_id for _, info in processes if info is not None)
     for handle, info in processes:
+        if info is not None and info.node_id in lost:
+            continue  # Ray would only say so half a minute later
         if not _is_dead(handle, max(0.1, end - time.monotonic())):
             log.warning("%s was told to end and still runs after %g s", info or "a process", END_SECONDS)
     for info in (info for _, info in processes if info is not None and info.node_id == here):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from rayrlhf.batch import Batch
 from rayrlhf.cluster.columns import Block, from_wire
 from rayrlhf.cluster.errors import Failure, RoleFailed
 from rayrlhf.cluster.group import Pending
+from rayrlhf.cluster.nodes import lost_nodes
 from rayrlhf.cluster.ray_logs import cause_of_death, last_lines
 from rayrlhf.cluster.ray_process import ProcessInfo
 
@@ -21,6 +23,10 @@ __all__ = ["Deadline", "Members", "RayPending", "RayStream", "root_failure", "wa
 GRACE_SECONDS = 0.5
 """After a first failure in a group of several: a rank that dies takes the others down with it ("connection closed by
 peer"), and their errors may arrive before its own."""
+
+
+LOOK_SECONDS = 0.05
+"""How long a failure of one rank may go unnoticed while others are waited for."""
 
 
 class Deadline:
@@ -59,15 +65,22 @@ class Members:
             error = RoleFailed.raised(self.role, rank, phase, problem, self.log(rank))
             final = len(self.infos) > 1
         elif isinstance(problem, RayActorError | WorkerCrashedError | OutOfMemoryError):
-            lines = last_lines(self.infos[rank])
-            error = RoleFailed.died(self.role, rank, phase, cause_of_death(problem, lines), self.log(rank), lines)
-            final = True
+            error, final = self._died(rank, phase, problem), True
         else:
             error = RoleFailed.raised(self.role, rank, phase, Failure.of(problem), self.log(rank))
             final = True
         if final and self.broken is None:
             self.broken = error
         return error
+
+    def _died(self, rank: int, phase: str, problem: RayError) -> RoleFailed:
+        info = self.infos[rank]
+        lost = {} if info is None else lost_nodes([info.node_id])
+        if info is not None and lost:
+            cause = f"its node {lost[info.node_id]} left the cluster: it no longer answers"
+            return RoleFailed.died(self.role, rank, phase, cause, self.log(rank))
+        lines = last_lines(info)
+        return RoleFailed.died(self.role, rank, phase, cause_of_death(problem, lines), self.log(rank), lines)
 
     def late(self, rank: int, phase: str, deadline: Deadline) -> RoleFailed:
         error = RoleFailed.late(
@@ -83,6 +96,14 @@ def answer(ref: ray.ObjectRef) -> Any:
         return ray.get(ref)
     except RayError as error:
         return error
+
+
+def answers(refs: Sequence[ray.ObjectRef]) -> list[Any]:
+    """`answer` of several references, in one go where none of them is an error of Ray."""
+    try:
+        return ray.get(list(refs))
+    except RayError:
+        return [answer(ref) for ref in refs]
 
 
 def is_failure(value: Any) -> bool:
@@ -109,7 +130,7 @@ def collect_failures(
         for ref in ready:
             rank, value = waiting.pop(ref), answer(ref)
             if is_failure(value):
-                problems[rank] = value
+                problems.setdefault(rank, value)  # what a rank failed at first is why it fails at the rest
     return problems
 
 
@@ -147,7 +168,7 @@ class RayPending(Pending):
         return self._error is not None or not self._waiting
 
     def result(self) -> Any:
-        while not self.done():
+        while self._error is None and self._waiting:
             self._advance(self.deadline.left())
         if self._error is not None:
             raise self._error
@@ -156,18 +177,18 @@ class RayPending(Pending):
         return self._value
 
     def _advance(self, timeout: float) -> None:
-        """Take in what is there, or comes within ``timeout``."""
+        """Take in what is there; where that is nothing, what comes within ``timeout`` or some of it."""
         if self._error is not None or not self._waiting:
             return
-        ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=timeout)
-        if ready:
-            ready, _ = ray.wait(list(self._waiting), num_returns=len(self._waiting), timeout=0)
-        elif self.deadline.left() == 0:
+        waiting = list(self._waiting)
+        # Ray goes through all of the list each time: many ranks are waited for together, and looked at now and then.
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=min(timeout, LOOK_SECONDS))
+        if not ready and self.deadline.left() == 0:
             rank = min(self._waiting.values())
             self._error = self._members.late(rank, self._method, self.deadline)
         problems: dict[int, Failure | RayError] = {}
-        for ref in ready:
-            rank, value = self._waiting.pop(ref), answer(ref)
+        for ref, value in zip(ready, answers(ready), strict=True):
+            rank = self._waiting.pop(ref)
             self._answers[rank] = value
             if is_failure(value):
                 problems[rank] = value
@@ -201,26 +222,31 @@ class RayStream(Iterator[Batch]):
         self._generators = dict(enumerate(generators))
         self._deadlines = deadlines
         self._columns: dict[int, ray.ObjectRef] = {}
+        self._ready: deque[int] = deque()
 
     def __next__(self) -> Batch:
         while self._generators:
-            for rank in self._ready():
-                batch = self._take(rank)
-                if batch is not None:
-                    return batch
+            if not self._ready:
+                self._ready = self._wait()
+            rank = self._ready.popleft()
+            batch = self._take(rank)
+            if batch is not None:
+                return batch
         raise StopIteration
 
-    def _ready(self) -> list[int]:
+    def _wait(self) -> deque[int]:
         """Ranks with something to take, in their order; waits for the first of them."""
         generators = self._generators
-        left = min(self._deadlines[rank].left() for rank in generators)
-        ready, _ = ray.wait(list(generators.values()), num_returns=1, timeout=left, fetch_local=False)
+        ready, _ = ray.wait(list(generators.values()), num_returns=len(generators), timeout=0, fetch_local=False)
+        if not ready:
+            left = min(self._deadlines[rank].left() for rank in generators)
+            ready, _ = ray.wait(list(generators.values()), num_returns=1, timeout=left, fetch_local=False)
         if not ready:
             rank = min(generators, key=lambda r: self._deadlines[r].end)
             self._generators = {}
             raise self._members.late(rank, self._method, self._deadlines[rank])
-        ready, _ = ray.wait(list(generators.values()), num_returns=len(generators), timeout=0, fetch_local=False)
-        return [rank for rank, generator in generators.items() if any(generator is r for r in ready)]
+        found = {id(generator) for generator in ready}
+        return deque(rank for rank, generator in generators.items() if id(generator) in found)
 
     def _take(self, rank: int) -> Batch | None:
         """The next object of a rank: columns are held until the rest of their batch is there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import socket
+import struct
 import sys
 import time
 import traceback
@@ -19,12 +20,15 @@ from rayrlhf.cluster.clock import BusyClock
 from rayrlhf.cluster.columns import WireBatch, from_wire, to_wire
 from rayrlhf.cluster.errors import Failure
 from rayrlhf.cluster.group import check_chunk, check_new_columns
+from rayrlhf.cluster.ray_share import RemoteShare, WireShare
 from rayrlhf.cluster.spec import load_class
 from rayrlhf.models.world import World
 
 __all__ = ["ProcessInfo", "RoleProcess"]
 
 _END = object()
+SIOCGIFADDR = 0x8915
+"""Asks for an interface's address (Linux, netdevice(7))."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,25 @@ class RoleProcess:
             log=_own_log(),
         )
 
+    def prepare(self, build: str) -> Failure | None:
+        """Import the role's module while another role may be built on the same GPUs; what is wrong with it."""
+        try:
+            load_class(build)
+        except (Exception, SystemExit) as error:
+            return _failure(error)
+        return None
+
+    def look(self) -> None:
+        """Nothing: that it answers says that the process lives."""
+
     def build(self, build: str, world: World, kwargs: Mapping[str, Any]) -> bool | Failure:
         """Import and construct the role; returns whether it has a ``close``."""
         if self._reserved is not None:
             self._reserved.close()
+        interface = interface_of(ray.util.get_node_ip_address())
+        if interface is not None:
+            # gloo would ask for the address of the host's name, which many hosts say is 127.0.0.1.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
             self._role = load_class(build)(world=world, **kwargs)
             return hasattr(self._role, "close")
@@ -124,7 +143,13 @@ class RoleProcess:
 
 
 def _arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: from_wire(v) if isinstance(v, WireBatch) else v for name, v in kwargs.items()}
+    return {name: _argument(value) for name, value in kwargs.items()}
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, WireBatch):
+        return from_wire(value)
+    return RemoteShare(value) if isinstance(value, WireShare) else value
 
 
 def _failure(error: BaseException) -> Failure:
@@ -133,6 +158,23 @@ def _failure(error: BaseException) -> Failure:
     traceback.print_exception(error, file=sys.stderr)
     sys.stderr.flush()
     return Failure.of(error)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface with an IPv4 address; None where there is none, or on other systems than Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return None
 
 
 def _own_log() -> str | None:

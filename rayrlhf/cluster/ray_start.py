@@ -2,71 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import sysconfig
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnschedulableError, RayError, RuntimeEnvSetupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrlhf.cluster import session
 from rayrlhf.cluster.errors import START, Failure, RoleFailed
 from rayrlhf.cluster.group import Group
+from rayrlhf.cluster.nodes import Node, NodeWatch, live_nodes
 from rayrlhf.cluster.ray_group import ActorGroup, end_processes
 from rayrlhf.cluster.ray_logs import last_lines
 from rayrlhf.cluster.ray_pending import Deadline, Members, answer, collect_failures, is_failure, root_failure
+from rayrlhf.cluster.ray_placement import Reservation
 from rayrlhf.cluster.ray_process import RoleProcess
 from rayrlhf.cluster.spec import RoleSpec, process_env, thread_count
 from rayrlhf.config.base import ClusterConfig
-from rayrlhf.errors import InputRefused
 from rayrlhf.models.world import World
 
-__all__ = ["check_gpus", "fits", "start_on_ray"]
+__all__ = ["check_session", "start_on_ray"]
 
-
-def fits(wanted: Sequence[float], gpus: Sequence[int]) -> bool:
-    """Whether processes which want so many GPUs each (a fraction: a share of one) find room on nodes with so many.
-
-    Largest first, each on the fullest node or GPU that still takes it (best fit decreasing).
-    """
-    free = [[1.0] * count for count in gpus]
-    for want in sorted(wanted, reverse=True):
-        if want <= 0:
-            continue
-        if want >= 1:
-            node = min((n for n in free if n.count(1.0) >= want), key=lambda n: n.count(1.0), default=None)
-            if node is None:
-                return False
-            for _ in range(int(want)):
-                node.remove(1.0)
-                node.append(0.0)
-            continue
-        shares = [(left, n, i) for n, node in enumerate(free) for i, left in enumerate(node) if left >= want - 1e-9]
-        if not shares:
-            return False
-        _, n, i = min(shares)
-        free[n][i] -= want
-    return True
-
-
-def check_gpus(specs: Sequence[RoleSpec], gpus: Sequence[int]) -> None:
-    """Refuse roles for which the nodes, with so many GPUs each, have no room.
-
-    Raises:
-        InputRefused: with what each role asks for, and what there is.
-    """
-    wanted = [spec.gpus_per_rank for spec in specs for _ in range(spec.ranks)]
-    if not any(wanted) or fits(wanted, gpus):
-        return
-    asked = ", ".join(f"{s.name} {s.ranks} x {s.gpus_per_rank:g}" for s in specs if s.gpus_per_rank > 0)
-    there = " + ".join(str(count) for count in gpus if count) or "0"
-    raise InputRefused(
-        f"the roles ask for {sum(wanted):g} GPUs ({asked}); the Ray cluster has {sum(gpus)} ({there} on its nodes). "
-        "Lower the ranks, or add nodes"
-    )
+LOOK_SECONDS = 1.0
+"""Pause between two looks at processes that have nothing to do."""
 
 
 @dataclass
@@ -75,6 +40,7 @@ class _Process:
     rank: int
     members: Members
     handle: Any
+    node: Node
     state: str = "waiting for its process"
     closes: bool = False
 
@@ -85,8 +51,17 @@ class _Start:
 
     settings: ClusterConfig
     processes: list[_Process]
+    watch: NodeWatch
+    queues: list[list[str]] = field(default_factory=list)
+    """Roles that share GPUs, in the order in which they are built."""
     waiting: dict[ray.ObjectRef, int] = field(default_factory=dict)
     building: set[ray.ObjectRef] = field(default_factory=set)
+    leaving: set[ray.ObjectRef] = field(default_factory=set)
+    looks: set[ray.ObjectRef] = field(default_factory=set)
+    """Those whose answers say nothing but that a process lives, and can import its role's module."""
+    next_look: float = 0.0
+    ready: dict[str, _Process] = field(default_factory=dict)
+    """Rank 0 of each role which has yet to be built."""
 
     def run(self) -> None:
         """Until everything is up.
@@ -97,10 +72,14 @@ class _Start:
         deadline = Deadline(None, self.settings.start_timeout_s, "cluster.start_timeout_s")
         for number, process in enumerate(self.processes):
             self.waiting[process.handle.describe.remote()] = number
-        while self.waiting:
+            self._await_look(number, process.handle.prepare.remote(process.spec.build))
+        while self.waiting.keys() - self.looks:
             ready, _ = ray.wait(list(self.waiting), num_returns=1, timeout=min(1.0, deadline.left()))
             for ref in ready:
                 self._take(ref)
+            self._look_at_idle()
+            if (gone := self.watch.lost()) is not None:
+                raise self._left(gone)
             if not ready and deadline.left() == 0:
                 raise self._late(deadline)
 
@@ -111,13 +90,65 @@ class _Start:
             problems = collect_failures(self.waiting, {number: value})
             number, problem = root_failure(problems)
             raise self._failed(self.processes[number], problem)
+        if ref in self.looks:
+            self.looks.discard(ref)
+            return
         if ref in self.building:
             process.state, process.closes = "up", value
+            self._leave(process.spec.name)
+            return
+        if ref in self.leaving:
+            process.state = "at rest"
+            self._build_ready()
             return
         process.members.infos[process.rank] = value
-        process.state = "waiting for rank 0"
         if process.rank == 0:
-            self._build(process)
+            self.ready[process.spec.name] = process
+            self._build_ready()
+
+    def _await_look(self, number: int, ref: ray.ObjectRef) -> None:
+        self.waiting[ref] = number
+        self.looks.add(ref)
+
+    def _look_at_idle(self) -> None:
+        """Ask the processes of which nothing is awaited whether they live: those before their turn, and those that are up. Their
+        death would be noticed when they are called, long after."""
+        if time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + LOOK_SECONDS
+        for number in set(range(len(self.processes))) - set(self.waiting.values()):
+            self._await_look(number, self.processes[number].handle.look.remote())
+
+    def _ranks(self, role: str) -> list[tuple[int, _Process]]:
+        return [(number, process) for number, process in enumerate(self.processes) if process.spec.name == role]
+
+    def _leave(self, role: str) -> None:
+        """Let a role, once it is up, leave its GPUs to the one that is built next."""
+        ranks = self._ranks(role)
+        if not any(role in queue for queue in self.queues) or any(p.state != "up" for _, p in ranks):
+            return
+        if not self.settings.offload_idle:  # all of it stays
+            self._build_ready()
+            return
+        for number, process in ranks:
+            assert process.spec.rest is not None
+            method, kwargs = process.spec.rest
+            process.state = "leaving its GPUs"
+            answer_ref, _ = process.handle.run.options(num_returns=2).remote(method, None, dict(kwargs))
+            self.waiting[answer_ref] = number
+            self.leaving.add(answer_ref)
+
+    def _build_ready(self) -> None:
+        """Build all roles whose rank 0 is there and whose turn it is."""
+        for role in list(self.ready):
+            if not self._before(role):
+                self._build(self.ready.pop(role))
+
+    def _before(self, role: str) -> list[str]:
+        """The roles that are built on its GPUs before it, and haven't left them yet."""
+        queue = next((queue for queue in self.queues if role in queue), [role])
+        done = "at rest" if self.settings.offload_idle else "up"
+        return [one for one in queue[: queue.index(role)] if any(p.state != done for _, p in self._ranks(one))]
 
     def _build(self, first: _Process) -> None:
         """Rank 0 is there: its group knows now where to meet."""
@@ -135,6 +166,12 @@ class _Start:
             self.waiting[ref] = number
             self.building.add(ref)
 
+    def _left(self, node: Node) -> RoleFailed:
+        """The error for a node that doesn't answer any more."""
+        process = next(p for p in self.processes if p.node == node)
+        cause = f"its node {node.name} left the cluster: it no longer answers"
+        return RoleFailed.died(process.spec.name, process.rank, START, cause, process.members.log(process.rank))
+
     @staticmethod
     def _failed(process: _Process, problem: Failure | RayError) -> RoleFailed:
         if isinstance(problem, RuntimeEnvSetupError | ActorUnschedulableError) or "creation task" in str(problem):
@@ -144,35 +181,72 @@ class _Start:
         return process.members.failed(process.rank, START, problem)
 
     def _late(self, deadline: Deadline) -> RoleFailed:
-        missing = [p for p in self.processes if p.state != "up"]
+        missing = [p for p in self.processes if p.state not in ("up", "at rest")]
         lines: list[str] = []
         for p in missing:
             info = p.members.infos[p.rank]
-            doing = "in its constructor" if info is not None and p.members.infos[0] is not None else p.state
-            lines.append(f"{p.spec.name} rank {p.rank}: {doing}" + (f", log: {info.log}" if info else ""))
+            lines.append(f"{p.spec.name} rank {p.rank}: {self._doing(p)}" + (f", log: {info.log}" if info else ""))
             lines += [f"    {line}" for line in last_lines(info)]
-        first = missing[0]
+        first = next((p for p in missing if p.spec.name not in self.ready), missing[0])
         message = (
             f"{len(missing)} of {len(self.processes)} processes were not up within {deadline.seconds:g} s (deadline "
             f"{deadline.origin}):\n" + "\n".join(f"  {line}" for line in lines)
         )
-        free = ray.available_resources().get("GPU", 0)
-        wanted = sum(p.spec.gpus_per_rank for p in missing if p.members.infos[p.rank] is None)
-        if wanted:
-            message += f"\n  {wanted:g} GPUs are still waited for, {free:g} are free: other programs may hold the rest"
         cause = f"not up within {deadline.seconds:g} s"
         return RoleFailed(first.spec.name, first.rank, START, cause, message, first.members.log(first.rank))
 
+    def _doing(self, process: _Process) -> str:
+        """What a process is at that isn't up."""
+        infos = process.members.infos
+        if infos[process.rank] is None or process.state == "leaving its GPUs":
+            return process.state
+        if process.spec.name in self.ready:
+            return f"waiting until {' and '.join(self._before(process.spec.name))} has left its GPUs"
+        return "waiting for rank 0" if infos[0] is None else "in its constructor"
 
-def _make(spec: RoleSpec, settings: ClusterConfig) -> list[_Process]:
-    env = process_env(spec, settings)
-    if session.is_private():
-        env.setdefault("PYTHONPATH", _own_path())
+
+def _make(specs: Sequence[RoleSpec], settings: ClusterConfig, reservation: Reservation | None) -> list[_Process]:
+    """An actor for each rank of each role: those with GPUs where these are, the others by turns on the nodes there are."""
+    live = live_nodes()
+    turns = itertools.cycle([node for node in live if node.cpus] or live)
+    processes = []
+    for spec in specs:
+        env = process_env(spec, settings)
+        if session.is_private():
+            env.setdefault("PYTHONPATH", _own_path())
+        members = Members(spec.name, spec.ranks)
+        for rank in range(spec.ranks):
+            if spec.gpus_per_rank and reservation is not None:
+                node = reservation.node(spec.name, rank)
+                own = {**env, **_visible(reservation.devices(spec.name, rank))}
+                handle = _actor(reservation.strategy(spec.name, rank), own)
+            else:
+                node = next(turns)
+                own = {**env, **_visible("")} if settings.device == "cuda" else env
+                handle = _actor(NodeAffinitySchedulingStrategy(node.id, soft=False), own)
+            processes.append(_Process(spec, rank, members, handle, node))
+    return processes
+
+
+def _visible(devices: str) -> dict[str, str]:
+    """What lets a process see these GPUs alone, and keeps Ray from changing it."""
+    return {"CUDA_VISIBLE_DEVICES": devices, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+
+
+def _actor(where: Any, env: dict[str, str]) -> Any:
+    """A process of which Ray counts no GPU: several roles may sit on one, and the run holds it for all of them.
+
+    Its GPUs are named in the environment with which it begins, so that they are its own before any library looks.
+    """
     options = ray.remote(RoleProcess).options(
-        num_cpus=0, num_gpus=spec.gpus_per_rank, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": env}
+        num_cpus=0,
+        num_gpus=0,
+        max_restarts=0,
+        max_task_retries=0,
+        runtime_env={"env_vars": env},
+        scheduling_strategy=where,
     )
-    members = Members(spec.name, spec.ranks)
-    return [_Process(spec, rank, members, options.remote()) for rank in range(spec.ranks)]
+    return options.remote()
 
 
 def _own_path() -> str:
@@ -183,14 +257,29 @@ def _own_path() -> str:
     return os.pathsep.join(dict.fromkeys(paths))
 
 
-def start_on_ray(specs: Sequence[RoleSpec], settings: ClusterConfig) -> dict[str, Group]:
-    """See `rayrlhf.cluster.start.start_groups`."""
+def check_session() -> None:
+    """Raises RuntimeError where no Ray is there to start anything on."""
     if not ray.is_initialized():
         raise RuntimeError("start_groups needs a Ray session: with ray_session(settings): ...")
-    check_gpus(specs, [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]])
-    processes = [process for spec in specs for process in _make(spec, settings)]
+
+
+def _queues(specs: Sequence[RoleSpec], reservation: Reservation | None) -> list[list[str]]:
+    """Roles on the same GPUs, by pool; the last of the specs first: engines measure the memory that is free."""
+    if reservation is None:
+        return []
+    last_first = [spec.name for spec in reversed(specs) if spec.rest is not None and spec.gpus_per_rank]
+    pools = [[name for name in last_first if name in pool.roles] for pool in reservation.placement.pools]
+    return [pool for pool in pools if len(pool) > 1]
+
+
+def start_on_ray(
+    specs: Sequence[RoleSpec], settings: ClusterConfig, reservation: Reservation | None
+) -> dict[str, Group]:
+    """See `rayrlhf.cluster.start.start_groups`; roles with GPUs sit where they are reserved."""
+    processes = _make(specs, settings, reservation)
     try:
-        _Start(settings, processes).run()
+        queues = _queues(specs, reservation)
+        _Start(settings, processes, NodeWatch(p.node for p in processes), queues).run()
     except BaseException:
         end_processes([(p.handle, p.members.infos[p.rank]) for p in processes])
         raise

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 4.0
 HEALTH_SECONDS = 10.0
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it in the processes of its jobs. There its address comes from Ray itself, and needs no asking."""
 STORE_LIMIT = 2 << 30
 STORE_SHARE = 0.3
 
@@ -60,7 +62,8 @@ def ray_session(settings: ClusterConfig) -> Iterator[None]:
         return
     if settings.address is not None:
         address = resolve_address(settings.address)
-        check_address(address)
+        if JOB_VARIABLE not in os.environ:
+            check_address(address)
         with _quiet():
             _join(address)
             try:
@@ -87,7 +90,7 @@ def _own_ray(settings: ClusterConfig) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 object_store_memory=_store_bytes(),
-                num_gpus=0 if settings.device == "cpu" else None,
+                num_gpus=None if settings.device == "cuda" else _stand_ins(settings),
                 _temp_dir=folder,
             )
         _private = True
@@ -98,6 +101,12 @@ def _own_ray(settings: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
         if succeeded:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stand_ins(settings: ClusterConfig) -> int:
+    """GPUs that this machine has in name only: on a CPU, as many as the configuration says of its first machine, so that
+    roles are placed as they would be on such a machine."""
+    return settings.nodes[0].gpus if settings.nodes else 0
 
 
 def _join(address: str) -> None:

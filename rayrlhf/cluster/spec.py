@@ -30,10 +30,13 @@ class RoleSpec:
     """Processes."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables which must be set before the module is imported."""
-    gpus_per_rank: float = 0.0
-    """GPUs of each process; a fraction shares one."""
+    gpus_per_rank: int = 0
+    """GPUs of each process, all on one machine; 0: it needs none. Roles can share them: see `start_groups`."""
     ranks_per_shard: int = 1
     """So many neighbouring ranks get the same samples, and the first of them answers; divides ``ranks``."""
+    rest: tuple[str, Mapping[str, Any]] | None = None
+    """The method, and its arguments, with which the role leaves its GPUs to those that share them. On Ray such roles are built
+    one after the other, and with cluster.offload_idle each is asked to leave before the next one is built."""
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -42,11 +45,8 @@ class RoleSpec:
             raise ValueError(
                 f"role {self.name!r}: ranks_per_shard must divide its {self.ranks} ranks, found {self.ranks_per_shard}"
             )
-        if self.gpus_per_rank < 0 or (self.gpus_per_rank > 1 and self.gpus_per_rank % 1):
-            raise ValueError(
-                f"role {self.name!r}: gpus_per_rank must be 0, a share of one GPU or a whole number, "
-                f"found {self.gpus_per_rank}"
-            )
+        if self.gpus_per_rank < 0 or self.gpus_per_rank != int(self.gpus_per_rank):
+            raise ValueError(f"role {self.name!r}: gpus_per_rank must be a whole number, found {self.gpus_per_rank}")
         module, colon, name = self.build.partition(":")
         if not (module and colon and name):
             raise ValueError(f"role {self.name!r}: build must read 'module:Class', found {self.build!r}")

@@ -11,8 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayrlhf.config.base import CheckpointConfig, ClusterConfig, JobConfig, MonitoringConfig, RunConfig
-    from rayrlhf.config.derive import Derived, DerivedOffline, RoleShare, uses_policy_as_reference
+    from rayrlhf.config.base import CheckpointConfig, ClusterConfig, JobConfig, MonitoringConfig, NodeConfig, RunConfig
+    from rayrlhf.config.derive import Derived, DerivedOffline, PlanRow, RoleShare, uses_policy_as_reference
     from rayrlhf.config.dump import dump_config, to_yaml
     from rayrlhf.config.jobs import (
         ComparedModel,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
         SFTSettings,
         TrainingConfig,
     )
-    from rayrlhf.config.plan import PlanRow, plan_rows
     from rayrlhf.config.roots import ROOTS, AnyConfig, OfflineConfig, TrainedRoot
     from rayrlhf.config.rules import Violation, broken_rules, source_name
     from rayrlhf.config.schema import (
@@ -90,6 +89,7 @@ __all__ = [
     "ModelConfig",
     "ModelEvaluationConfig",
     "MonitoringConfig",
+    "NodeConfig",
     "OfflineConfig",
     "OptimizerConfig",
     "PPOConfig",
@@ -123,15 +123,14 @@ __all__ = [
     "broken_rules",
     "dump_config",
     "load_config",
-    "plan_rows",
     "source_name",
     "to_yaml",
     "uses_policy_as_reference",
 ]
 
 _HOMES = {
-    "base": ("CheckpointConfig", "ClusterConfig", "JobConfig", "MonitoringConfig", "RunConfig"),
-    "derive": ("Derived", "DerivedOffline", "RoleShare", "uses_policy_as_reference"),
+    "base": ("CheckpointConfig", "ClusterConfig", "JobConfig", "MonitoringConfig", "NodeConfig", "RunConfig"),
+    "derive": ("Derived", "DerivedOffline", "PlanRow", "RoleShare", "uses_policy_as_reference"),
     "dump": ("dump_config", "to_yaml"),
     "jobs": (
         "ComparedModel",
@@ -157,7 +156,6 @@ _HOMES = {
         "SFTSettings",
         "TrainingConfig",
     ),
-    "plan": ("PlanRow", "plan_rows"),
     "roots": ("ROOTS", "AnyConfig", "OfflineConfig", "TrainedRoot"),
     "rules": ("Violation", "broken_rules", "source_name"),
     "trainers": (

@@ -68,7 +68,7 @@ class ClusterConfig(Section):
     """How long, in seconds, GPUs that others hold are waited for."""
     threads: Positive | None = None
     """Threads of each process on a CPU; by default all cores that the machine gives us."""
-    start_timeout_s: Seconds = 600.0
+    start_timeout_s: Seconds = 1800.0
     """Deadline, in seconds, for all roles to come up."""
     call_timeout_s: Seconds = 1800.0
     """Deadline, in seconds, of each call of a role."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+from rayrlhf.config.base import JobConfig
 from rayrlhf.config.offline import PreferenceConfig
 from rayrlhf.config.roots import OfflineConfig
 from rayrlhf.config.schema import Config
@@ -12,15 +13,29 @@ from rayrlhf.config.schema import Config
 __all__ = [
     "Derived",
     "DerivedOffline",
+    "PlanRow",
     "RoleShare",
+    "data_ranks",
     "derive",
     "derive_offline",
     "guard_actions",
     "longest_of",
+    "needs_gpu",
     "needs_reference",
+    "ranks_in_words",
+    "roles_of",
     "takes",
     "uses_policy_as_reference",
 ]
+
+
+class PlanRow(NamedTuple):
+    """One line of a plan, as a terminal or a page shows it."""
+
+    section: str
+    name: str
+    value: str
+    how: str
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,7 @@ class RoleShare:
     """What falls to one rank of a role that holds a model."""
 
     ranks: int
-    """Data-parallel ranks."""
+    """Data-parallel ranks: those that share a long sample or a layer's weights count once."""
     samples_per_rank: int
     """Samples of one minibatch (of a whole step, for a role that isn't trained) on the rank that gets most."""
     samples_per_micro_batch: int
@@ -99,6 +114,21 @@ def uses_policy_as_reference(config: Config | PreferenceConfig) -> bool:
     return config.reference is not None and config.reference.path is None and config.policy.lora is not None
 
 
+def data_ranks(section: Any) -> int:
+    """Parts into which a role's samples are split: its ranks, of which those count once that work on the same samples."""
+    together = getattr(section, "sequence_parallel", 1) * getattr(section, "tensor_parallel", 1)
+    return max(1, section.ranks // together)
+
+
+def ranks_in_words(section: Any, role: str) -> str:
+    """`data_ranks`, and how it comes about."""
+    parts = [f"{role}.ranks {section.ranks}"]
+    for name in ("sequence_parallel", "tensor_parallel"):
+        if getattr(section, name, 1) > 1:
+            parts.append(f"{role}.{name} {getattr(section, name)}")
+    return " / ".join(parts)
+
+
 def _share(samples: int, ranks: int, tokens_per_micro_batch: int, sample_tokens: int) -> RoleShare:
     per_rank = -(-samples // ranks)
     fit = tokens_per_micro_batch // sample_tokens
@@ -108,12 +138,12 @@ def _share(samples: int, ranks: int, tokens_per_micro_batch: int, sample_tokens:
 def _shares(config: Config, samples_per_step: int, longest: int) -> dict[str, RoleShare]:
     policy, critic, reference, reward = config.policy, config.critic, config.reference, config.reward
     minibatch = config.ppo.minibatch_samples
-    shares = {"policy": _share(minibatch, policy.ranks, policy.tokens_per_micro_batch, longest)}
+    shares = {"policy": _share(minibatch, data_ranks(policy), policy.tokens_per_micro_batch, longest)}
     if critic is not None:
-        shares["critic"] = _share(minibatch, critic.ranks, critic.tokens_per_micro_batch, longest)
+        shares["critic"] = _share(minibatch, data_ranks(critic), critic.tokens_per_micro_batch, longest)
     if reference is not None:
         at = policy if uses_policy_as_reference(config) else reference
-        shares["reference"] = _share(samples_per_step, at.ranks, at.tokens_per_micro_batch, longest)
+        shares["reference"] = _share(samples_per_step, data_ranks(at), at.tokens_per_micro_batch, longest)
     if any(source.model is not None for source in reward.sources):
         shares["reward"] = _share(samples_per_step, reward.ranks, reward.tokens_per_micro_batch, longest)
     return shares
@@ -213,7 +243,7 @@ def derive_offline(config: OfflineConfig, examples: int | None = None) -> Derive
         at = config.policy if shared else config.reference
         if needs_reference(config.dpo.loss):
             longest, _ = _longest_trained(config, "reference")
-            shares["reference"] = _share(samples, at.ranks, at.tokens_per_micro_batch, longest)
+            shares["reference"] = _share(samples, data_ranks(at), at.tokens_per_micro_batch, longest)
         if not shared:
             processes["reference"] = config.reference.ranks
     if config.algorithm == "dpo" and config.guard.kl_prompts > 0:
@@ -224,9 +254,44 @@ def derive_offline(config: OfflineConfig, examples: int | None = None) -> Derive
 
 def _trained_share(config: OfflineConfig, each: int) -> RoleShare:
     """What falls to a rank of the policy: an example's samples stay on one rank, a pair's in one micro-batch."""
-    ranks, budget = config.policy.ranks, config.policy.tokens_per_micro_batch
+    ranks, budget = data_ranks(config.policy), config.policy.tokens_per_micro_batch
     together = 2 if takes(config) == "pairs" else 1
     per_rank = each * -(-config.training.batch_examples // ranks)
     longest, _ = _longest_trained(config, "policy")
     fit = together * (budget // longest)
     return RoleShare(ranks, per_rank, fit, -(-per_rank // fit) if fit else 0)
+
+
+# -- roles of any run -------------------------------------------------------------------------------------------
+
+
+def roles_of(config: JobConfig) -> dict[str, int]:
+    """The processes of every role that a run starts, by the name under which it starts, in the order of planning."""
+    any_config: Any = config
+    if config.algorithm == "ppo":
+        return derive(any_config).processes
+    if config.algorithm in ("sft", "reward_model", "dpo"):
+        return derive_offline(any_config).processes
+    processes = {"rollout": any_config.rollout.engines}
+    if config.algorithm == "sampling":
+        processes["reward"] = any_config.reward.ranks
+    if config.algorithm == "evaluation":
+        processes |= {"model": any_config.measure.ranks, "reference": any_config.measure.ranks}
+        if _scored_by(any_config):
+            processes["scores"] = any_config.scores.ranks
+    return processes
+
+
+def needs_gpu(config: JobConfig, role: str) -> bool:
+    """Whether a role computes on a device: all but those that score by functions and services."""
+    return role not in ("reward", "scores") or any(source.model is not None for source in _scored_by(config))
+
+
+def _scored_by(config: Any) -> list[Any]:
+    """Everything that scores responses in a run."""
+    if config.algorithm == "evaluation":
+        named = (config.scores.reward, config.scores.safety, config.scores.helpfulness)
+        return [source for source in named if source is not None]
+    sources = [config.reward.sources[k] for k in range(len(config.reward.sources))]
+    gold = config.reward.gold if config.algorithm == "ppo" else None
+    return sources if gold is None else [*sources, gold]

@@ -22,6 +22,7 @@ __all__ = [
     "element_of",
     "field_at",
     "holds_list",
+    "holds_lists",
     "kinds",
     "legal",
     "nearest_choice",
@@ -87,6 +88,12 @@ def element_of(annotation: Any) -> Any:
     return get_args(base)[0] if get_origin(base) in (list, tuple) else None
 
 
+def holds_lists(annotation: Any) -> bool:
+    """Whether the elements of a list may be lists themselves."""
+    element = element_of(annotation)
+    return element is not None and get_origin(_unwrap(element)[0]) is list
+
+
 def holds_list(annotation: Any) -> bool:
     """Whether a value may be a list of sections or of other values."""
     return list in kinds(annotation)
@@ -145,6 +152,10 @@ def legal(annotation: Any, metadata: list[Any] | None = None) -> str:
         return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
     if get_origin(base) is list:
         least = max((m.min_length for m in constraints if hasattr(m, "min_length")), default=0)
+        inside, within = _unwrap(get_args(base)[0])
+        if get_origin(inside) is list:
+            fewest = max((m.min_length for m in within if hasattr(m, "min_length")), default=0)
+            return f"a list of lists, each of at least {fewest} texts"
         options = [str(choice) for choice in choices(get_args(base)[0])]
         inner = "sections" if section_of(base) else f"any of {', '.join(options)}" if options else "texts"
         return f"a list of {'at least one of ' if least else ''}{inner}"

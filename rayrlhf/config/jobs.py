@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from rayrlhf.config.base import JobConfig
 from rayrlhf.config.schema import PromptsConfig, SamplerConfig, ScorerProcesses, ScoreSource, ScoringConfig
-from rayrlhf.config.trainers import ModelConfig, Positive, Section, Text
+from rayrlhf.config.trainers import FrozenConfig, Positive, Section, Text
 
 __all__ = [
     "ComparedModel",
@@ -183,7 +183,7 @@ class ModelEvaluationConfig(JobConfig):
     """The models; each is compared with each."""
     reference: Text | None = None
     """Model to which the KL is measured; by default the first of ``models``."""
-    measure: ModelConfig = ModelConfig()
+    measure: FrozenConfig = FrozenConfig()
     """How the models are run for KL and perplexity."""
     rollout: SamplerConfig = SamplerConfig()
     """What generates responses, and how."""

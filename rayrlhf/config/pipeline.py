@@ -12,11 +12,11 @@ from pydantic import ConfigDict
 
 from rayrlhf.config.base import ClusterConfig, JobConfig
 from rayrlhf.config.choosing import PIPELINE
+from rayrlhf.config.derive import PlanRow
 from rayrlhf.config.jobs import CritiqueConfig, ModelEvaluationConfig, SamplingConfig
 from rayrlhf.config.load import check_tree, in_order, is_text
 from rayrlhf.config.offline import ExampleSource, PreferenceConfig, RewardModelConfig, SFTConfig
 from rayrlhf.config.pipeline_stages import Draft, drafts, link, path_leaves
-from rayrlhf.config.plan import PlanRow
 from rayrlhf.config.roots import DEFAULT, ROOTS, AnyConfig
 from rayrlhf.config.rulebook import score_sources
 from rayrlhf.config.source import Node, Place, Problem, apply_overrides, read_file

@@ -127,13 +127,25 @@ def _measuring_attention_runs(config: ModelEvaluationConfig, role: str) -> Itera
         )
 
 
+@rule("measure", "scores", of=_OF)
+def _measuring_varlen_has_a_kernel(config: ModelEvaluationConfig, role: str) -> Iterator[Violation]:
+    """`attention: varlen` of `measure` and `scores` on `cluster.device: cuda` needs `dtype: bfloat16`."""
+    section = getattr(config, role)
+    if section.attention == "varlen" and config.cluster.device == "cuda" and section.dtype != "bfloat16":
+        yield Violation(
+            (f"{role}.attention", f"{role}.dtype", "cluster.device"),
+            f"found varlen with {role}.dtype {section.dtype}, in which a GPU doesn't compute it; legal: sdpa or eager, or"
+            " bfloat16",
+        )
+
+
 @rule(of=_OF)
 def _measuring_packs_apart(config: ModelEvaluationConfig) -> Iterator[Violation]:
-    """`measure.packing: true` needs the attention `sdpa` or `flash_attention_2`."""
+    """`measure.packing: true` needs the attention `sdpa`, `varlen` or `flash_attention_2`."""
     if config.measure.packing and config.measure.attention == "eager":
         yield Violation(
             ("measure.packing", "measure.attention"),
-            "found true with measure.attention eager; legal: false, or the attention sdpa or flash_attention_2",
+            "found true with measure.attention eager; legal: false, or the attention sdpa, varlen or flash_attention_2",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rayrlhf.config.derive import longest_of, takes, uses_policy_as_reference
+from rayrlhf.config.derive import data_ranks, longest_of, ranks_in_words, takes, uses_policy_as_reference
 from rayrlhf.config.offline import ExamplesConfig, ExampleSource, RewardModelConfig
 from rayrlhf.config.roots import OFFLINE, OfflineConfig
 from rayrlhf.config.rulebook import Violation, rule
@@ -67,13 +67,14 @@ def _prompt_leaves_room(config: OfflineConfig) -> Iterator[Violation]:
 
 @rule(of=OFFLINE)
 def _batch_fills_ranks(config: OfflineConfig) -> Iterator[Violation]:
-    """`training.batch_examples` is at least `policy.ranks`: each rank trains on something."""
-    found, ranks = config.training.batch_examples, config.policy.ranks
+    """`training.batch_examples` is at least `policy.ranks`, of which those count once that share their samples
+    (`sequence_parallel`, `tensor_parallel`): each rank trains on something."""
+    found, ranks = config.training.batch_examples, data_ranks(config.policy)
+    given = ranks_in_words(config.policy, "policy")
     if found < ranks:
         yield Violation(
             ("training.batch_examples", "policy.ranks"),
-            f"found {found}, fewer than policy.ranks {ranks}: some ranks would have nothing to train on; legal: at"
-            f" least {ranks}",
+            f"found {found}, fewer than {given}: some ranks would have nothing to train on; legal: at least {ranks}",
         )
 
 

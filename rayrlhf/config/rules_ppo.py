@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rayrlhf.config.derive import derive, uses_policy_as_reference
+from rayrlhf.config.derive import data_ranks, derive, ranks_in_words, uses_policy_as_reference
 from rayrlhf.config.rulebook import Violation, rule
 from rayrlhf.config.schema import Config
 
@@ -35,13 +35,14 @@ def _minibatch_divides(config: Config) -> Iterator[Violation]:
 
 @rule("policy", "critic", of=PPO)
 def _minibatch_fills_ranks(config: Config, role: str) -> Iterator[Violation]:
-    """`ppo.minibatch_samples` is at least `policy.ranks` and `critic.ranks`: each rank trains on something."""
+    """`ppo.minibatch_samples` is at least `policy.ranks` and `critic.ranks`, of which those count once that share their samples
+    (`sequence_parallel`, `tensor_parallel`): each rank trains on something."""
     section, found = getattr(config, role), config.ppo.minibatch_samples
-    if section is not None and found < section.ranks:
+    if section is not None and found < data_ranks(section):
         yield Violation(
             ("ppo.minibatch_samples", f"{role}.ranks"),
-            f"found {found}, fewer than {role}.ranks {section.ranks}: some ranks would have nothing to train on; legal:"
-            f" at least {section.ranks}",
+            f"found {found}, fewer than {ranks_in_words(section, role)}: some ranks would have nothing to train on; legal:"
+            f" at least {data_ranks(section)}",
         )
 
 

@@ -148,14 +148,40 @@ def _flash_attention_runs(config: TrainedRoot, role: str) -> Iterator[Violation]
         )
 
 
+@rule(*_MODEL_ROLES, "reward", of=TRAINED)
+def _varlen_has_a_kernel(config: TrainedRoot, role: str) -> Iterator[Violation]:
+    """`attention: varlen` on `cluster.device: cuda` needs `dtype: bfloat16`."""
+    section = getattr(config, role)
+    if section is None or section.attention != "varlen":
+        return
+    if config.cluster.device == "cuda" and section.dtype != "bfloat16":
+        yield Violation(
+            (f"{role}.attention", f"{role}.dtype", "cluster.device"),
+            f"found varlen with {role}.dtype {section.dtype}, in which a GPU doesn't compute it; legal: sdpa or eager, or"
+            " bfloat16",
+        )
+
+
+@rule("policy", "critic", of=TRAINED)
+def _shared_rows_have_attention(config: TrainedRoot, role: str) -> Iterator[Violation]:
+    """`sequence_parallel` above 1 needs the attention `sdpa`, `varlen` or `flash_attention_2`."""
+    section = getattr(config, role)
+    if section is not None and section.sequence_parallel > 1 and section.attention == "eager":
+        yield Violation(
+            (f"{role}.attention", f"{role}.sequence_parallel"),
+            f"found eager with {role}.sequence_parallel {section.sequence_parallel}; legal: sdpa, varlen or"
+            " flash_attention_2, or sequence_parallel 1",
+        )
+
+
 @rule(*_MODEL_ROLES, of=TRAINED)
 def _packing_has_boundaries(config: TrainedRoot, role: str) -> Iterator[Violation]:
-    """`packing: true` needs the attention `sdpa` or `flash_attention_2`."""
+    """`packing: true` needs the attention `sdpa`, `varlen` or `flash_attention_2`."""
     section = getattr(config, role)
     if section is not None and section.packing and section.attention == "eager":
         yield Violation(
             (f"{role}.packing", f"{role}.attention"),
-            f"found true with {role}.attention eager; legal: false, or the attention sdpa or flash_attention_2",
+            f"found true with {role}.attention eager; legal: false, or the attention sdpa, varlen or flash_attention_2",
         )
 
 
@@ -300,17 +326,6 @@ def _inline_has_no_ray(config: AnyConfig) -> Iterator[Violation]:
             ("cluster.address", "cluster.executor"),
             f"found {config.cluster.address!r}, but cluster.executor inline uses no Ray; legal: null, or the executor"
             " ray",
-        )
-
-
-@rule(of=(Config, PreferenceConfig))
-def _inline_shares_memory(config: Config | PreferenceConfig) -> Iterator[Violation]:
-    """`rollout.weight_transport: object_store` needs `cluster.executor: ray`."""
-    if config.cluster.executor == "inline" and config.rollout.weight_transport == "object_store":
-        yield Violation(
-            ("rollout.weight_transport", "cluster.executor"),
-            "found object_store, which is Ray's, but cluster.executor inline uses no Ray; legal: auto or"
-            " shared_memory, or the executor ray",
         )
 
 

@@ -97,8 +97,8 @@ class ScorerProcesses(Section):
     """Processes (GPUs) over which the scoring is spread."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of reward models."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of reward models."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = "sdpa"
+    """Attention implementation of reward models; see ``policy.attention``."""
     tokens_per_micro_batch: Positive = 16384
     """Tokens that a reward model sees in one forward, on one device."""
     zero_stage: Literal[0, 3] = 0

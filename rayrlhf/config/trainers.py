@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "CriticConfig",
+    "FrozenConfig",
     "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -72,11 +73,11 @@ class OptimizerConfig(Section):
 class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type. Weights that are trained are kept in float32 as well."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = "sdpa"
+    """Attention implementation of transformers, or ``varlen``: torch's own attention of variable lengths."""
     packing: bool | None = None
     """Put several samples into one row instead of padding them; by default where the attention has variable lengths
-    (flash_attention_2)."""
+    (flash_attention_2, varlen)."""
     tokens_per_micro_batch: Positive = 8192
     """Tokens of one forward on one device, padding included; at least the longest sample."""
     logits_chunk_tokens: Positive = 2048
@@ -95,7 +96,8 @@ class TrainedConfig(ModelConfig):
     tensor_parallel: Positive = 1
     """So many ranks share each layer's weights (DeepSpeed's AutoTP); divides ``ranks``."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where optimizer states live: on the device, in host memory, or on a disk."""
+    """Where optimizer states live: on the device, in host memory, or on a disk; a run with states on a disk can't be
+    resumed."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where parameters live that aren't needed at the moment; others than none with ``zero_stage`` 3 only."""
     nvme_path: Text | None = None
@@ -125,11 +127,14 @@ class CriticConfig(TrainedConfig):
     """Keep only the first so many layers of it."""
 
 
-class ReferenceConfig(ModelConfig):
-    path: Text | None = None
-    """The frozen reference; by default the policy's model (with LoRA: the policy with its adapters off, at no cost of
-    memory)."""
+class FrozenConfig(ModelConfig):
     zero_stage: Literal[0, 3] = 0
     """0: each rank holds all parameters. 3: they are spread over the ranks, and gathered layer by layer."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Keep the parameters in host memory, and bring each layer in when it is needed; with ``zero_stage`` 3 only."""
+
+
+class ReferenceConfig(FrozenConfig):
+    path: Text | None = None
+    """The frozen reference; by default the policy's model (with LoRA: the policy with its adapters off, at no cost of
+    memory)."""

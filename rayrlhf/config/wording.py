@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rayrlhf.config.fields import choices, kinds, nearest_choice, section_of
+from rayrlhf.config.fields import choices, holds_lists, kinds, nearest_choice, section_of
 from rayrlhf.config.source import Node
 from rayrlhf.config.trainers import Section
 
@@ -55,7 +55,8 @@ def hint(node: Node, annotation: Any, key: str) -> str:
         return "; a text with ': ' in it needs quotes" if str in legal_kinds else ""
     if list in legal_kinds and not isinstance(value, list):
         nearest = nearest_choice(value, annotation)
-        return f"; did you mean {nearest}?" if nearest else "" if section_of(annotation) else f"; write [{node.text}]"
+        of_texts = section_of(annotation) is None and not holds_lists(annotation)
+        return f"; did you mean {nearest}?" if nearest else f"; write [{node.text}]" if of_texts else ""
     if choices(annotation):
         nearest = nearest_choice(value, annotation)
         return f"; did you mean {nearest}?" if nearest is not None and not isinstance(value, list) else ""

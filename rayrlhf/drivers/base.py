@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from rich.console import Console
 
 from rayrlhf.checkpoint import Checkpoint, CheckpointStore
-from rayrlhf.cluster import Group, RoleSpec, start_groups
+from rayrlhf.cluster import Groups, RoleSpec, start_groups
 from rayrlhf.config import dump_config
 from rayrlhf.config.base import JobConfig, RunConfig
+from rayrlhf.drivers.turns import Turns
 from rayrlhf.drivers.watch import HealthWatch
 from rayrlhf.errors import RunFailed
 from rayrlhf.evaluation.report import write_report
 from rayrlhf.monitoring import MetricWriter, Progress, close_log, read_rows, setup_log
+from rayrlhf.planning.claims import claims_of
 
 __all__ = ["BaseRun", "DriverState", "Opening", "opened", "started"]
 
@@ -41,6 +43,7 @@ class BaseRun:
     Attributes:
         config: the resolved configuration.
         groups: the groups of roles, by name.
+        turns: who is on the GPUs that roles share; before a role is called it is given what it needs.
         state: what a checkpoint keeps of the driver.
         progress: what the terminal shows.
         folder: the run's folder.
@@ -55,9 +58,10 @@ class BaseRun:
     config: RunConfig
     state: DriverState
 
-    def __init__(self, opening: Opening, groups: Mapping[str, Group], state: DriverState, total_steps: int):
+    def __init__(self, opening: Opening, groups: Groups, state: DriverState, total_steps: int):
         config, resume_step = opening.config, opening.resume_step
         self.config, self.groups, self.state, self.progress = config, groups, state, opening.progress
+        self.turns = Turns.of(groups, config.cluster)
         self.folder = Path(config.run_dir)
         self.report: Path | None = None
         self.total_steps = total_steps
@@ -95,6 +99,7 @@ class BaseRun:
         while self.state.step < self.total_steps:
             self._step_started = time.monotonic()
             self._busy()
+            self.turns.take_seconds()
             step = self.state.step + 1
             yield step
             if self.state.step != step:
@@ -157,6 +162,7 @@ class BaseRun:
     def _on_trained(self, method: str, folder: Path) -> None:
         where = folder.absolute()
         trained = {name: self.groups[name] for name in self.trained if name in self.groups}
+        self.turns.take(dict.fromkeys(trained, "all"))
         calls = [group.broadcast_async(method, folder=str(where / name)) for name, group in trained.items()]
         for call in calls:
             call.result()
@@ -182,6 +188,7 @@ class BaseRun:
             logger.error("the run ends with %s: %s", type(error).__name__, error)
             if self._trainers_hold_whole_step and self.state.step not in (0, self._saved_step):
                 try:
+                    self.turns.clear_for(self.trained)
                     self.save_checkpoint()
                 except RunFailed as why:
                     lost = f"what was trained since the last checkpoint could not be saved: {why}"
@@ -202,13 +209,16 @@ class BaseRun:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _timings(self) -> dict[str, float]:
-        """Seconds that roles were at work; with Ray some of them at the same time."""
+        """Seconds that roles were at work, with Ray some of them at the same time; and ``turns``, how long they waited until
+        others had left the GPUs that they share."""
         busy = self._busy()
         shown = {}
         for name, work in self.timings.items():
             spent = [busy[role].get(method, 0.0) for role, method in work if role in busy]
             if spent:
                 shown[f"timing/{name}_s"] = sum(spent)
+        if self.turns.any:
+            shown["timing/turns_s"] = self.turns.take_seconds()
         return shown
 
     def _busy(self) -> dict[str, dict[str, float]]:
@@ -272,13 +282,22 @@ def opened(
 
 
 @contextmanager
-def started(config: JobConfig, specs: Sequence[RoleSpec]) -> Iterator[Mapping[str, Group]]:
-    """All roles, on Ray or in this process, until the end."""
+def started(config: JobConfig, specs: Sequence[RoleSpec], beside: Groups | None = None) -> Iterator[Groups]:
+    """All roles, on Ray or in this process, until the end.
+
+    Args:
+        beside: groups of this configuration that are up already. They hold the GPUs of all roles that it names.
+    """
     with ExitStack() as stack:
         if config.cluster.executor == "ray":
             from rayrlhf.cluster.session import ray_session
 
             stack.enter_context(ray_session(config.cluster))
-        groups: AbstractContextManager[Mapping[str, Group]]
-        groups = start_groups(specs, executor=config.cluster.executor, settings=config.cluster)
+        groups = start_groups(
+            specs,
+            executor=config.cluster.executor,
+            settings=config.cluster,
+            claims=claims_of(config),
+            beside=beside,
+        )
         yield stack.enter_context(groups)

@@ -21,9 +21,6 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from rayrlhf.batch import Batch
-from rayrlhf.cluster import Group
-from rayrlhf.config import plan_rows
 from rayrlhf.config.jobs import CritiqueConfig
 from rayrlhf.data import Prompt
 from rayrlhf.data.conversation import text_problem
@@ -43,11 +40,12 @@ from rayrlhf.data.source import LISTED
 from rayrlhf.data.tokens import PromptTokenizer
 from rayrlhf.drivers.base import started
 from rayrlhf.drivers.checks import Problems
-from rayrlhf.drivers.jobs import PreparedJob, WholeFile, decoded, prepare_job, sampled, seeded, whole_files
+from rayrlhf.drivers.jobs import PreparedJob, Sampler, WholeFile, decoded, prepare_job, seeded, whole_files
 from rayrlhf.drivers.roles import job_specs
 from rayrlhf.errors import InputRefused
 from rayrlhf.monitoring import render_plan
 from rayrlhf.monitoring.text import printable
+from rayrlhf.planning.rows import plan_rows
 
 __all__ = ["critique_responses"]
 
@@ -141,7 +139,7 @@ def critique_responses(config: CritiqueConfig, console: Console | None = None) -
         whole_files(config, OUTPUTS) as files,
         started(config, job_specs(prepared, max(_lengths(config).values()))) as groups,
     ):
-        summary = _all(_Model(prepared, groups), words, files, console)
+        summary = _all(_Model(prepared, Sampler(config, groups)), words, files, console)
     _tell(summary, config, console)
     return summary
 
@@ -203,10 +201,10 @@ def _check_responses(config: CritiqueConfig, prompts: Sequence[Prompt]) -> None:
 class _Model:
     """The model that answers, criticises and revises."""
 
-    def __init__(self, prepared: PreparedJob, groups: Mapping[str, Group]):
+    def __init__(self, prepared: PreparedJob, sampler: Sampler):
         assert isinstance(prepared.config, CritiqueConfig)
         self.config, self.prompts, self.tokenizer = prepared.config, prepared.prompts, prepared.tokenizer
-        self.groups = groups
+        self.sampler = sampler
         self.encoder = PromptTokenizer(prepared.tokenizer)
         self.chats = self.encoder.has_template and prepared.config.data.chat_template != "never"
 
@@ -240,9 +238,7 @@ class _Model:
     def _sampled(self, prompts: Sequence[Prompt], turn: int, max_tokens: int) -> list[_Answer]:
         if not prompts:
             return []
-        batch: Batch = sampled(
-            self.groups, seeded(prompts, 1, (self.config.seed, turn)), max_response_tokens=max_tokens
-        )
+        batch = self.sampler(seeded(prompts, 1, (self.config.seed, turn)), max_response_tokens=max_tokens)
         reasons = batch["finish_reason"]
         return [
             _Answer(text, reason == "length")

@@ -13,12 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from rayrlhf.config import dump_config, plan_rows, source_name
+from rayrlhf.cluster import Groups
+from rayrlhf.config import dump_config, source_name
+from rayrlhf.config.base import ClusterConfig
 from rayrlhf.config.jobs import ModelEvaluationConfig
 from rayrlhf.data import Prompt
 from rayrlhf.drivers.base import started
 from rayrlhf.drivers.evaluate_preflight import PreparedEvaluation, prepare_evaluation
 from rayrlhf.drivers.evaluate_roles import answer, model_specs, shared_specs
+from rayrlhf.drivers.turns import Turns
 from rayrlhf.errors import RunFailed
 from rayrlhf.evaluation.answers import (
     Answers,
@@ -33,6 +36,7 @@ from rayrlhf.evaluation.report import write_report
 from rayrlhf.monitoring import close_log, render_plan, setup_log
 from rayrlhf.monitoring.evaluation_table import encodable, model_line, render_evaluation
 from rayrlhf.monitoring.text import finite
+from rayrlhf.planning.rows import plan_rows
 
 __all__ = ["evaluate_models"]
 
@@ -100,16 +104,29 @@ def _all_answers(prepared: PreparedEvaluation, console: Console) -> list[Answers
     """Each model's answers, one model after the other; reference and scorers stay up all the while."""
     config, answers = prepared.config, []
     with started(config, shared_specs(prepared)) as shared:
+        _leave_gpus(shared, config.cluster)
         for number, model in enumerate(prepared.models, start=1):
             where = f"model {number} of {len(prepared.models)}, {model.name}"
             _say(console, f"{where}: answers {len(model.prompts)} prompts")
             begun = time.monotonic()
-            with started(config, model_specs(prepared, model)) as own:
-                found = answer(prepared, model, {**shared, **own})
+            with started(config, model_specs(prepared, model), beside=shared) as own:
+                groups = {**shared, **own}
+                turns = Turns(groups, own.placement, config.cluster.offload_idle)
+                found = answer(prepared, model, groups, turns)
+                turns.send_away(shared)  # the next model's engine comes up where they are
             _tell_unscored(found, console)
             answers.append(found)
             _say(console, f"{where}: {model_line(measures_of(found))} ({time.monotonic() - begun:.0f} s)")
     return answers
+
+
+def _leave_gpus(shared: Groups, cluster: ClusterConfig) -> None:
+    """Let what stays up leave the GPUs on which the first model's engine comes up."""
+    if shared.placement is None or not cluster.offload_idle:
+        return
+    for role, group in shared.items():
+        if shared.placement.sharing(role):
+            group.broadcast("set_residence", level="none")
 
 
 def _tell_unscored(answers: Answers, console: Console) -> None:

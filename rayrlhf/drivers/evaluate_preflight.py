@@ -19,6 +19,7 @@ from rayrlhf.evaluation.judge import DEFAULT_TEMPLATE, OpenAIJudge
 from rayrlhf.models.loading import load_config as load_model_config
 from rayrlhf.models.loading import to_model_folder
 from rayrlhf.models.tokenizer import load_tokenizer
+from rayrlhf.planning.plan import check_plan
 
 __all__ = ["PreparedEvaluation", "PreparedModel", "prepare_evaluation"]
 
@@ -68,6 +69,7 @@ def prepare_evaluation(config: ModelEvaluationConfig) -> PreparedEvaluation:
     """
     problems = Problems()
     problems.check(check_run_dir, config, False)
+    problems.found += check_plan(config)
     problems.check(check_packages, config, config.rollout)
     sources = _sources(config)
     scorers = [named.source for named in sources]

@@ -10,14 +10,16 @@ import torch
 
 from rayrlhf.algorithms import segment_sum
 from rayrlhf.batch import Batch
-from rayrlhf.cluster import Group, RoleSpec
+from rayrlhf.cluster import Group, Pending, RoleSpec
 from rayrlhf.config.schema import SamplerConfig
 from rayrlhf.config.trainers import ModelConfig
 from rayrlhf.data import Prompt
+from rayrlhf.drivers.dispatch import responses
 from rayrlhf.drivers.evaluate_preflight import PreparedEvaluation, PreparedModel
 from rayrlhf.drivers.evaluation import EVALUATION
-from rayrlhf.drivers.experience import deal, prompt_batch
+from rayrlhf.drivers.experience import prompt_batch
 from rayrlhf.drivers.roles import Generator, Wanted, specs_of
+from rayrlhf.drivers.turns import Level, Turns
 from rayrlhf.evaluation.answers import Answers, Scores
 
 __all__ = ["answer", "model_specs", "shared_specs"]
@@ -35,7 +37,7 @@ class FrozenModel:
 
 def shared_specs(prepared: PreparedEvaluation) -> list[RoleSpec]:
     """What stays up while the models change: the reference, and the scorers where all models share a tokenizer."""
-    # The model with the most processes beside them: on a GPU all share it alike.
+    # A model may be the reference itself, or have no KL.
     every = max((_specs(prepared, model) for model in prepared.models), key=len)
     return [spec for spec in every if spec.name in _shared(prepared)]
 
@@ -79,42 +81,25 @@ def _specs(prepared: PreparedEvaluation, model: PreparedModel) -> list[RoleSpec]
 # -- what they do -------------------------------------------------------------------------------------------------------
 
 
-def answer(prepared: PreparedEvaluation, model: PreparedModel, groups: Mapping[str, Group]) -> Answers:
+def answer(prepared: PreparedEvaluation, model: PreparedModel, groups: Mapping[str, Group], turns: Turns) -> Answers:
     """Let a model answer every prompt once, score the responses, and measure them with the model and the reference.
 
     A sample's seed depends on the run's seed and the prompt's place, so that it is the same for every model. Log-probabilities
     are those of the distribution at the rollout temperature, as the responses are sampled from it; those of the known
     continuations are at temperature 1.
     """
-    prompts = prompt_batch(model.prompts, 1, (prepared.config.seed, EVALUATION))
-    running = []
-    for chunk in groups[ROLLOUT].stream("generate", deal(prompts, groups[ROLLOUT].size)):
-        asked = [("scores", groups[SCORES].submit("score", chunk))] if SCORES in groups else []
-        if model.no_kl is None:
-            asked.append(("reference", groups[REFERENCE].submit("token_logprobs", chunk)))
-        if MODEL in groups and model.no_kl is None:
-            asked.append(("own", groups[MODEL].submit("token_logprobs", chunk)))
-        running.append((chunk, asked))
-    parts = []
-    for chunk, asked in running:
-        found = {what: call.result() for what, call in asked}
-        scored = chunk.merge(found["scores"]) if "scores" in found else chunk
-        if model.no_kl is None:
-            # Where the model is the reference, one forward stands for both.
-            own = found.get("own", found["reference"])
-            scored = scored.with_columns(sample={"kl": _log_ratio(chunk, own, found["reference"])})
-        parts.append(scored)
-    batch = Batch.concat(parts)
-    batch = batch.select(torch.argsort(batch["position"]))
-    known_nll, known_tokens = _known(groups[MODEL] if MODEL in groups else groups[REFERENCE], model.prompts)
-    responses = [
+    batch = _measured(prepared, model, groups, turns)
+    own = MODEL if MODEL in groups else REFERENCE
+    turns.take({own: "weights"})
+    known_nll, known_tokens = _known(groups[own], model.prompts)
+    texts = [
         model.tokenizer.decode(batch["tokens"][start + prompt : end].tolist(), skip_special_tokens=True)
         for (start, end), prompt in zip(batch.spans(), batch["prompt_length"].tolist(), strict=True)
     ]
     return Answers(
         name=model.name,
         path=model.path,
-        responses=responses,
+        responses=texts,
         tokens=(batch.lengths - batch["prompt_length"]).tolist(),
         truncated=[reason == "length" for reason in batch["finish_reason"]],
         scores={named.name: _scores(batch, named.name) for named in prepared.sources},
@@ -125,10 +110,48 @@ def answer(prepared: PreparedEvaluation, model: PreparedModel, groups: Mapping[s
     )
 
 
-def _log_ratio(chunk: Batch, own: Batch, reference: Batch) -> torch.Tensor:
+def _measured(prepared: PreparedEvaluation, model: PreparedModel, groups: Mapping[str, Group], turns: Turns) -> Batch:
+    """The responses, in the order of the prompts, with their scores and ``kl``. Who shares GPUs with the engines measures
+    when these sleep, all of it at once; others do it chunk by chunk."""
+    asked = {SCORES: "score"} if SCORES in groups else {}
+    if model.no_kl is None:
+        asked |= {role: "token_logprobs" for role in (REFERENCE, MODEL) if role in groups}
+    at_once = {role: method for role, method in asked.items() if turns.together(role, ROLLOUT)}
+    later = {role: method for role, method in asked.items() if role not in at_once}
+
+    def start(samples: Batch, roles: Mapping[str, str]) -> tuple[Batch, dict[str, Pending]]:
+        return samples, {role: groups[role].submit(method, samples) for role, method in roles.items()}
+
+    config = prepared.config
+    prompts = prompt_batch(model.prompts, 1, (config.seed, EVALUATION))
+    first: dict[str, Level] = dict.fromkeys(at_once, "weights")
+    turns.take(first | {ROLLOUT: "all"})
+    running = [start(c, at_once) for c in responses(groups[ROLLOUT], prompts, config.rollout, config.cluster)]
+    batch = Batch.concat([_with_measures(chunk, calls) for chunk, calls in running])
+    batch = batch.select(torch.argsort(batch["position"]))
+    if later:
+        turns.take(dict.fromkeys(later, "weights"))
+        batch = _with_measures(*start(batch, later))
+    if model.no_kl is not None:
+        return batch
+    # Where the model is the reference, one forward stands for both.
+    own = batch[f"{MODEL}_logprobs"] if MODEL in groups else batch[f"{REFERENCE}_logprobs"]
+    return batch.with_columns(sample={"kl": _log_ratio(batch, own, batch[f"{REFERENCE}_logprobs"])})
+
+
+def _with_measures(samples: Batch, calls: Mapping[str, Pending]) -> Batch:
+    """With the columns of the scores, and ``ROLE_logprobs`` of each model."""
+    for role, call in calls.items():
+        found = call.result()
+        if role != SCORES:
+            found = Batch(samples.offsets, {f"{role}_logprobs": found["reference_logprobs"]})
+        samples = samples.merge(found)
+    return samples
+
+
+def _log_ratio(samples: Batch, own: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """k1 of each response: the sum of log p_model - log p_reference over its tokens, in nats; float64 [S]."""
-    difference = own["reference_logprobs"].double() - reference["reference_logprobs"].double()
-    return segment_sum(difference * chunk["response_mask"], chunk.offsets)
+    return segment_sum((own.double() - reference.double()) * samples["response_mask"], samples.offsets)
 
 
 def _scores(batch: Batch, source: str) -> Scores:

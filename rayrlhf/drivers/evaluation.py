@@ -74,6 +74,7 @@ def _completion_nll(run: Run) -> float | None:
     if not tokens:
         return None
     batch = Batch.from_samples({"tokens": tokens, "response_mask": masks})
+    run.turns.take({"policy": "weights"})
     logprobs = run.policy.call("token_logprobs", batch, temperature=1.0)["old_logprobs"]
     return float(-logprobs[batch["response_mask"]].mean())
 

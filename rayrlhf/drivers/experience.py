@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from rayrlhf.batch import Batch
-from rayrlhf.cluster import Pending, RoleFailed
+from rayrlhf.cluster import Group, RoleFailed
 from rayrlhf.data import Prompt
+from rayrlhf.drivers.dispatch import responses
+from rayrlhf.drivers.turns import Level
 from rayrlhf.errors import RunFailed
 from rayrlhf.monitoring.jsonl import JsonlFile
 
 if TYPE_CHECKING:
-    from rayrlhf.drivers.run import Run
+    from rayrlhf.drivers.run import AdapterOffReference, Run
 
-__all__ = ["UNSCORED", "collect", "deal", "prompt_batch"]
+__all__ = ["UNSCORED", "collect", "prompt_batch"]
 
 UNSCORED = "unscored.jsonl"
 """In a run's folder: samples of the step that was under way when the reward failed. A line: step, prompt, response, cause."""
@@ -58,29 +60,50 @@ def prompt_batch(prompts: Sequence[Prompt], samples_per_prompt: int, seed: Seque
     )
 
 
-def deal(prompts: Batch, engines: int) -> list[Batch]:
-    """Each engine's part: the samples of a prompt stay together (they share its KV cache), tokens are balanced.
+class Scorer(NamedTuple):
+    """What looks at finished samples."""
 
-    The largest prompts go first, each to the engine with the fewest tokens so far; within an engine the order stays.
-    """
-    lengths, load = prompts.lengths.tolist(), [0] * engines
-    ids = prompts["prompt_id"].tolist()
-    groups: list[list[int]] = []
-    for i, prompt_id in enumerate(ids):
-        if i and ids[i - 1] == prompt_id:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    parts: list[list[int]] = [[] for _ in range(engines)]
-    for group in sorted(groups, key=lambda g: (-sum(lengths[i] for i in g), g[0])):
-        engine = min(range(engines), key=lambda e: (load[e], e))
-        parts[engine] += group
-        load[engine] += sum(lengths[i] for i in group)
-    return [prompts.select(sorted(part)) for part in parts]
+    role: str
+    """Whose states it needs."""
+    group: Group | AdapterOffReference
+    method: str
+
+
+class Scoring:
+    """Samples, and what is being computed of them."""
+
+    def __init__(self, samples: Batch, by: Sequence[Scorer]):
+        self.samples = samples
+        self._calls = [scorer.group.submit(scorer.method, samples) for scorer in by]
+        self.reward = next((call for call, s in zip(self._calls, by, strict=True) if s.role == "reward"), None)
+
+    def judged(self) -> bool:
+        """Whether the reward has answered. Raises what it failed with."""
+        if self.reward is None or not self.reward.done():
+            return False
+        self.reward.result()
+        return True
+
+    def result(self) -> Batch:
+        """The samples with all that was computed."""
+        return self.samples.merge(*(call.result() for call in self._calls))
+
+
+def scorers(run: Run) -> list[Scorer]:
+    """All of a run, the reward first."""
+    found = [Scorer("reward", run.reward, "score")]
+    if run.reference is not None:
+        own = "reference" in run.groups
+        found.append(Scorer("reference" if own else "policy", run.reference, "token_logprobs"))
+    if run.critic is not None:
+        found.append(Scorer("critic", run.critic, "values"))
+    return [*found, Scorer("policy", run.policy, "token_logprobs")]
 
 
 def collect(run: Run, prompts: Batch) -> Batch:
     """Generate, and score each chunk of samples as soon as it is finished.
+
+    Roles that share GPUs with the engines wait until these sleep, and then score all samples at once.
 
     Returns:
         The samples in the order of ``prompts``, with the columns of a rollout (tokens, response_mask, rollout_logprobs,
@@ -91,31 +114,34 @@ def collect(run: Run, prompts: Batch) -> Batch:
         RunFailed: a role failed. Samples that got no score are kept in ``RUN/unscored.jsonl``.
     """
     run.progress.phase("rollout")
-    running: list[tuple[Batch, list[Pending]]] = []
+    everybody, config = scorers(run), run.config
+    at_once = [scorer for scorer in everybody if run.turns.together(scorer.role, "rollout")]
+    later = [scorer for scorer in everybody if scorer not in at_once]
+    first: dict[str, Level] = {scorer.role: "weights" for scorer in at_once}
+    run.turns.take(first | {"rollout": "all"})
+    running: list[Scoring] = []
     with _unscored_kept(run, running):
         judged = 0
-        for chunk in run.rollout.stream("generate", deal(prompts, run.rollout.size)):
-            calls = [run.reward.submit("score", chunk)]
-            if run.reference is not None:
-                calls.append(run.reference.submit("token_logprobs", chunk))
-            if run.critic is not None:
-                calls.append(run.critic.submit("values", chunk))
-            calls.append(run.policy.submit("token_logprobs", chunk))
-            running.append((chunk, calls))
+        for chunk in responses(run.rollout, prompts, config.rollout, config.cluster):
+            running.append(Scoring(chunk, at_once))
             # A reward that has failed ends the run now, not once all is generated.
-            while judged < len(running) and running[judged][1][0].done():
-                running[judged][1][0].result()
+            while judged < len(running) and running[judged].judged():
                 judged += 1
         run.progress.phase("score")
-        batch = Batch.concat([chunk.merge(*(call.result() for call in calls)) for chunk, calls in running])
-    return batch.select(torch.argsort(batch["position"]))
+        batch = Batch.concat([scoring.result() for scoring in running])
+        batch = batch.select(torch.argsort(batch["position"]))
+        if later:
+            run.turns.take({scorer.role: "weights" for scorer in everybody})
+            running[:] = [Scoring(batch, later)]
+            batch = running[0].result()
+    return batch
 
 
 @contextmanager
-def _unscored_kept(run: Run, running: Sequence[tuple[Batch, Sequence[Pending]]]) -> Iterator[None]:
+def _unscored_kept(run: Run, running: Sequence[Scoring]) -> Iterator[None]:
     """Where the reward fails, write the samples without a score into ``RUN/unscored.jsonl``, each with the cause.
 
-    ``running`` holds the generated samples with their calls, the reward's first.
+    ``running`` holds the samples that are generated.
     """
     try:
         yield
@@ -128,17 +154,17 @@ def _unscored_kept(run: Run, running: Sequence[tuple[Batch, Sequence[Pending]]])
         raise
 
 
-def _keep_unscored(run: Run, running: Sequence[tuple[Batch, Sequence[Pending]]]) -> None:
+def _keep_unscored(run: Run, running: Sequence[Scoring]) -> None:
     rows: list[dict[str, Any]] = []
     step, decode = run.state.step + 1, run.prepared.tokenizer.decode
-    for chunk, (scoring, *_) in running:
+    for scoring in running:
         cause = "the run ended before it was scored"
-        if scoring.done():
-            try:
-                scoring.result()
+        try:
+            if scoring.judged():
                 continue
-            except RoleFailed as failed:
-                cause = failed.cause
+        except RoleFailed as failed:
+            cause = failed.cause
+        chunk = scoring.samples
         for prompt, length, (start, end) in zip(
             chunk["prompt_text"], chunk["prompt_length"].tolist(), chunk.spans(), strict=True
         ):

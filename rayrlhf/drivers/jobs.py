@@ -13,18 +13,21 @@ import torch
 
 from rayrlhf.actors.reward import response_tokens
 from rayrlhf.batch import Batch
-from rayrlhf.cluster import Group
+from rayrlhf.cluster import Groups
 from rayrlhf.config import dump_config
 from rayrlhf.config.base import JobConfig
 from rayrlhf.config.jobs import CritiqueConfig, SamplingConfig
 from rayrlhf.data import Prompt, load_all_prompts
 from rayrlhf.drivers.checks import Problems, check_length, check_packages, check_run_dir
-from rayrlhf.drivers.experience import deal, prompt_batch
+from rayrlhf.drivers.dispatch import responses
+from rayrlhf.drivers.experience import prompt_batch
 from rayrlhf.drivers.preflight import check_signatures, check_sources, open_model
+from rayrlhf.drivers.turns import Turns
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.monitoring import close_log, setup_log
+from rayrlhf.planning.plan import check_plan
 
-__all__ = ["PreparedJob", "WholeFile", "decoded", "prepare_job", "sampled", "seeded", "whole_files"]
+__all__ = ["PreparedJob", "Sampler", "WholeFile", "decoded", "prepare_job", "seeded", "whole_files"]
 
 _UNFINISHED = "config.yaml.partial"
 """The configuration until all outputs have their names. Outputs beside it are those of work that was cut off."""
@@ -63,6 +66,7 @@ def prepare_job(
         InputRefused: with every problem that was found.
     """
     problems.check(check_run_dir, config, resume=False)
+    problems.found += check_plan(config)
     problems.check(_check_outputs, config, outputs)
     problems.check(check_packages, config, config.rollout)
     sources = config.reward.sources if isinstance(config, SamplingConfig) else []
@@ -113,21 +117,38 @@ def seeded(prompts: Iterable[Prompt], samples_per_prompt: int, seed: Sequence[in
     return batch.with_columns(sample={"position": torch.arange(len(batch))})
 
 
-def sampled(groups: Mapping[str, Group], prompts: Batch, **how: Any) -> Batch:
-    """A response to each, in their order, with the columns of a rollout; scored where there is a reward.
+class Sampler:
+    """What answers prompts, and scores the responses where there is a reward.
 
     Args:
+        config: of the work.
         groups: ``rollout`` and, for scores, ``reward``.
-        prompts: as `seeded` makes them.
-        how: further arguments of `RolloutEngine.generate`.
     """
-    rollout, reward = groups["rollout"], groups.get("reward")
-    running = [
-        (chunk, reward.submit("score", chunk) if reward is not None else None)
-        for chunk in rollout.stream("generate", deal(prompts, rollout.size), **how)
-    ]
-    batch = Batch.concat([chunk if call is None else chunk.merge(call.result()) for chunk, call in running])
-    return batch.select(torch.argsort(batch["position"]))
+
+    def __init__(self, config: SamplingConfig | CritiqueConfig, groups: Groups):
+        self._config, self._rollout, self._reward = config, groups["rollout"], groups.get("reward")
+        self._turns = Turns.of(groups, config.cluster)
+
+    def __call__(self, prompts: Batch, **how: Any) -> Batch:
+        """A response to each, in their order, with the columns of a rollout, and those of the reward.
+
+        Args:
+            prompts: as `seeded` makes them.
+            how: further arguments of `RolloutEngine.generate`.
+        """
+        reward, config = self._reward, self._config
+        at_once = reward if self._turns.together("reward", "rollout") else None
+        self._turns.take({"rollout": "all"})
+        running = [
+            (chunk, None if at_once is None else at_once.submit("score", chunk))
+            for chunk in responses(self._rollout, prompts, config.rollout, config.cluster, **how)
+        ]
+        batch = Batch.concat([chunk if call is None else chunk.merge(call.result()) for chunk, call in running])
+        batch = batch.select(torch.argsort(batch["position"]))
+        if reward is not None and at_once is None:
+            self._turns.take({"reward": "weights"})
+            batch = batch.merge(reward.call("score", batch))
+        return batch
 
 
 def decoded(batch: Batch, tokenizer: Any) -> list[str]:

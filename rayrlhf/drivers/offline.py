@@ -16,9 +16,9 @@ from rich.console import Console
 from torch import Tensor
 
 from rayrlhf.batch import Batch
-from rayrlhf.cluster import Group
+from rayrlhf.cluster import Groups
 from rayrlhf.cluster.split import split_by_tokens
-from rayrlhf.config import plan_rows
+from rayrlhf.config.offline import PreferenceConfig
 from rayrlhf.config.roots import OfflineConfig
 from rayrlhf.data.check import check_file
 from rayrlhf.data.sampler import epoch_order
@@ -27,9 +27,12 @@ from rayrlhf.drivers.data_check import data_kind
 from rayrlhf.drivers.evaluation import EvaluationLog
 from rayrlhf.drivers.offline_preflight import PreparedExamples, prepare_examples
 from rayrlhf.drivers.roles import offline_specs
-from rayrlhf.drivers.transfer import SYNC
+from rayrlhf.drivers.transfer import SYNC, connect_weights
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.monitoring import render_plan
+from rayrlhf.monitoring.plan import render_notes
+from rayrlhf.planning.plan import memory_notes
+from rayrlhf.planning.rows import plan_rows
 
 __all__ = ["OfflineRun", "OfflineState", "launch_offline", "spread_units"]
 
@@ -103,7 +106,7 @@ class OfflineRun(BaseRun):
     config: OfflineConfig
     state: OfflineState
 
-    def __init__(self, prepared: PreparedExamples, groups: Mapping[str, Group], opening: Opening):
+    def __init__(self, prepared: PreparedExamples, groups: Groups, opening: Opening):
         self.prepared, self.data = prepared, prepared.data
         self.policy = groups["policy"]
         self.reference, self.rollout = groups.get("reference"), groups.get("rollout")
@@ -142,6 +145,7 @@ class OfflineRun(BaseRun):
         self.progress.phase("update")
         self.trainers_change()
         self._went_back_to = None
+        self.turns.take({"policy": "all"})
         return self.policy.broadcast("update", batch=batch, schedule=[list(parts)], step=self.state.step + 1, **more)[0]
 
     def finish_step(self, metrics: Mapping[str, float], batch: Batch) -> None:
@@ -227,6 +231,7 @@ class OfflineRun(BaseRun):
             more: what the trainer's ``save_model`` takes besides.
         """
         folder = self.folder / "model"
+        self.turns.take({"policy": "weights"})
         try:
             self.policy.broadcast("save_model", folder=str(folder.absolute()), **more)
             self.prepared.tokenizer.save_pretrained(folder)
@@ -301,6 +306,7 @@ def launch_offline(
     """
     prepared = prepare_examples(config, resume=resume)
     render_plan(plan_rows(config, len(prepared.data.train)), console or Console())
+    render_notes(memory_notes(config), console or Console())
     with ExitStack() as stack:
         opening = stack.enter_context(
             opened(config, prepared.total_steps, prepared.data.report.lines(), resume=resume, console=console)
@@ -311,5 +317,8 @@ def launch_offline(
         stack.push(lambda kind, *_: run.close(failed=kind is not None))
         if opening.checkpoint is not None:
             run.restore(opening.checkpoint)
+        if run.rollout is not None:
+            assert isinstance(config, PreferenceConfig), "only preference training samples"
+            connect_weights(run.policy, run.rollout, config)
         with run.kept():
             yield run

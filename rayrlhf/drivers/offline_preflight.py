@@ -16,6 +16,7 @@ from rayrlhf.models.loading import load_config as load_model_config
 from rayrlhf.models.loading import to_model_folder
 from rayrlhf.models.tokenizer import eos_token_ids, load_tokenizer
 from rayrlhf.monitoring import check_tensorboard, check_wandb
+from rayrlhf.planning.plan import check_plan
 
 __all__ = ["PreparedExamples", "prepare_examples"]
 
@@ -62,6 +63,7 @@ def prepare_examples(config: OfflineConfig, *, resume: bool) -> PreparedExamples
     problems = Problems()
     rollout = config.rollout if isinstance(config, PreferenceConfig) and config.guard.kl_prompts else None
     problems.check(check_run_dir, config, resume)
+    problems.found += check_plan(config)
     problems.check(check_packages, config, rollout)
     problems.check(check_wandb, config.monitoring.wandb_project)
     problems.check(check_tensorboard, config.monitoring.tensorboard)

@@ -40,6 +40,8 @@ class PreferenceData:
         self.paired = self.config.dpo.loss != "kto"
         self.needs_reference = self.config.dpo.loss not in ("simpo", "orpo")
         self.cache: dict[str, list[Tensor]] | None = None
+        self.weights_verified = False
+        """Whether the engines' weights were compared with the policy's since they started."""
         if self.needs_reference and self.config.dpo.reference == "cached":
             self.cache = self._cached()
 
@@ -79,7 +81,9 @@ class PreferenceData:
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Column [T] of the frozen reference, at temperature 1."""
         if self.run.reference is not None:
+            self.run.turns.take({"reference": "weights"})
             return self.run.reference.call("token_logprobs", batch, temperature=1.0)["reference_logprobs"]
+        self.run.turns.take({"policy": "weights"})
         return self.run.policy.call("token_logprobs", batch, adapters=False, temperature=1.0)["reference_logprobs"]
 
     # -- inside -------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from rayrlhf.algorithms import pair_loss, segment_sum
 from rayrlhf.batch import Batch
 from rayrlhf.config.offline import PreferenceConfig
 from rayrlhf.data import Pair, Prompt
+from rayrlhf.drivers.dispatch import responses
 from rayrlhf.drivers.evaluation import EVALUATION
-from rayrlhf.drivers.experience import deal, prompt_batch
+from rayrlhf.drivers.experience import prompt_batch
 from rayrlhf.drivers.offline import OfflineRun
 from rayrlhf.drivers.preference_data import PreferenceData
 from rayrlhf.drivers.transfer import transfer_weights
@@ -30,6 +31,7 @@ def measure(run: OfflineRun, data: PreferenceData) -> dict[str, Any]:
         measured). Rewards are those of the configured beta, so that validations compare when beta moves.
     """
     batch = data.validation()
+    run.turns.take({"policy": "weights"})
     logprobs = run.policy.call("token_logprobs", batch, temperature=1.0)["old_logprobs"]
     logps = segment_sum((logprobs * batch["response_mask"]).double(), batch.offsets)
     reference = None
@@ -114,12 +116,17 @@ def sampled_kl(run: OfflineRun, data: PreferenceData) -> float | None:
     assert isinstance(run.config, PreferenceConfig)
     if run.rollout is None:
         return None
-    transfer_weights(run.policy, run.rollout, run.state.weight_version + 1, run.state.weight_version == 0)
+    run.turns.take({"policy": "weights", "rollout": "weights"})
+    verify = run.config.rollout.verify_weights == "always" or not data.weights_verified
+    transfer_weights(run.policy, run.rollout, run.state.weight_version + 1, verify)
+    data.weights_verified = True
     run.state.weight_version += 1
     examples = run.data.validation[: run.config.guard.kl_prompts]
     prompts = prompt_batch([as_prompt(k, e) for k, e in enumerate(examples)], 1, (run.config.seed, EVALUATION))
-    chunks = list(run.rollout.stream("generate", deal(prompts, run.rollout.size)))
-    samples = Batch.concat(chunks)
+    run.turns.take({"rollout": "all"})
+    samples = Batch.concat(list(responses(run.rollout, prompts, run.config.rollout, run.config.cluster)))
+    samples = samples.select(torch.argsort(samples["position"]))
+    run.turns.take({"policy": "weights"})
     own = run.policy.call("token_logprobs", samples, temperature=1.0)["old_logprobs"]
     difference = (own - data.reference_logprobs(samples))[samples["response_mask"]]
     return float(difference.double().mean())

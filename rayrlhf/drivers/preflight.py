@@ -20,6 +20,7 @@ from rayrlhf.models.loading import load_config as load_model_config
 from rayrlhf.models.loading import to_model_folder
 from rayrlhf.models.tokenizer import eos_token_ids, load_tokenizer
 from rayrlhf.monitoring import check_tensorboard, check_wandb
+from rayrlhf.planning.plan import check_plan
 
 __all__ = ["Opened", "Prepared", "check_signatures", "check_sources", "open_model", "prepare"]
 
@@ -117,6 +118,7 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
     """
     problems = Problems()
     problems.check(check_run_dir, config, resume)
+    problems.found += check_plan(config)
     problems.check(check_packages, config, config.rollout)
     problems.check(check_wandb, config.monitoring.wandb_project)
     problems.check(check_tensorboard, config.monitoring.tensorboard)

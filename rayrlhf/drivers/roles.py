@@ -14,9 +14,12 @@ from rayrlhf.config.jobs import SamplingConfig
 from rayrlhf.config.offline import PreferenceConfig, RewardModelConfig
 from rayrlhf.config.rules import source_name
 from rayrlhf.config.schema import Config, RolloutConfig, SamplerConfig
+from rayrlhf.config.trainers import LoraConfig, TrainedConfig
 from rayrlhf.drivers.jobs import PreparedJob
 from rayrlhf.drivers.offline_preflight import PreparedExamples
 from rayrlhf.drivers.preflight import Prepared
+from rayrlhf.planning.claims import claims_of
+from rayrlhf.planning.transfer import transport_of
 
 __all__ = ["Generator", "job_specs", "offline_specs", "reward_sources", "role_specs", "specs_of", "weight_transport"]
 
@@ -38,13 +41,13 @@ class Generator(NamedTuple):
     trust_remote_code: bool = False
     transport: str = "shared_memory"
     """How new weights come, where they do."""
+    lora: LoraConfig | None = None
+    """The adapter that comes apart from its base, where one does."""
 
 
 def weight_transport(rollout: RolloutConfig, config: RunConfig) -> str:
-    """The transport that ``auto`` stands for: shared memory unless the run joins a cluster, which may have many machines."""
-    if rollout.weight_transport != "auto":
-        return rollout.weight_transport
-    return "gloo" if config.cluster.address is not None else "shared_memory"
+    """The transport that a run's weights take; see `transport_of` for what ``auto`` stands for."""
+    return rollout.weight_transport if rollout.weight_transport != "auto" else transport_of(config)
 
 
 def role_specs(prepared: Prepared) -> list[RoleSpec]:
@@ -134,30 +137,47 @@ def _trained_generator(config: Config | PreferenceConfig, model_path: str, token
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     policy, transport = config.policy, weight_transport(config.rollout, config)
     paths = model_path, tokenizer_path
-    return Generator(config.rollout, *paths, longest, policy.dtype, policy.trust_remote_code, transport)
+    lora = policy.lora if config.rollout.lora_transfer == "adapter" else None
+    return Generator(config.rollout, *paths, longest, policy.dtype, policy.trust_remote_code, transport, lora)
 
 
 def specs_of(roles: Sequence[Wanted], config: JobConfig, generator: Generator | None) -> list[RoleSpec]:
-    """Roles as processes; all share the GPUs alike, and on a CPU the cores.
+    """Roles as processes, with the GPUs that the plan claims for them; on a CPU they share the cores.
 
     Args:
         roles: each is built with the whole configuration as ``config``, unless its arguments name another.
         config: of the run.
         generator: what the engines are started with; None: there is no rollout.
     """
-    processes = sum(ranks for _, _, ranks, _ in roles) + (generator.rollout.engines if generator is not None else 0)
-    share = 1.0 / processes if config.cluster.device == "cuda" else 0.0
+    gpus = {claim.role: claim.gpus for claim in claims_of(config)}
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if config.cluster.device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     specs = [
-        RoleSpec(name, build, {"config": config, **kwargs}, ranks, environment, share)
+        RoleSpec(
+            name,
+            build,
+            {"config": config, **kwargs},
+            ranks,
+            environment,
+            gpus[name],
+            _ranks_per_shard(config, name),
+            rest=("set_residence", {"level": "none"}),
+        )
         for name, build, ranks, kwargs in roles
     ]
-    return specs if generator is None else [*specs, _rollout_spec(config, generator, environment, share)]
+    return specs if generator is None else [*specs, _rollout_spec(config, generator, environment, gpus["rollout"])]
 
 
-def _rollout_spec(config: JobConfig, generator: Generator, environment: dict[str, str], share: float) -> RoleSpec:
+def _ranks_per_shard(config: JobConfig, role: str) -> int:
+    """Ranks of a role that work on the same samples: they share long sequences, or each layer's weights."""
+    section = getattr(config, role, None)
+    if not isinstance(section, TrainedConfig):
+        return 1
+    return section.sequence_parallel * section.tensor_parallel
+
+
+def _rollout_spec(config: JobConfig, generator: Generator, environment: dict[str, str], gpus: int) -> RoleSpec:
     rollout = generator.rollout
     arguments = {
         "model_path": generator.model_path,
@@ -167,6 +187,7 @@ def _rollout_spec(config: JobConfig, generator: Generator, environment: dict[str
         "max_model_tokens": generator.longest,
         "transport_name": generator.transport,
         "trust_remote_code": generator.trust_remote_code,
+        "lora": generator.lora,
     }
     return RoleSpec(
         "rollout",
@@ -174,5 +195,6 @@ def _rollout_spec(config: JobConfig, generator: Generator, environment: dict[str
         arguments,
         rollout.engines,
         {**environment, **rollout_environment(config.cluster.device)},
-        share,
+        gpus,
+        rest=("sleep", {"level": 1}),
     )

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rayrlhf.algorithms import RunningMoments
 from rayrlhf.batch import Batch
-from rayrlhf.cluster import Group, Pending
+from rayrlhf.cluster import Group, Groups, Pending
 from rayrlhf.config import Config, broken_rules, load_config
 from rayrlhf.data import PromptSampler
 from rayrlhf.drivers.base import BaseRun, Opening, opened, started
@@ -22,7 +22,7 @@ from rayrlhf.drivers.minibatches import minibatch_schedule
 from rayrlhf.drivers.preflight import Prepared, prepare
 from rayrlhf.drivers.roles import role_specs
 from rayrlhf.drivers.state import RunState
-from rayrlhf.drivers.transfer import SYNC, transfer_weights
+from rayrlhf.drivers.transfer import SYNC, connect_weights, transfer_weights
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.monitoring import SampleWriter, evaluation_line, read_rows
 from rayrlhf.monitoring.jsonl import keep_before
@@ -66,7 +66,7 @@ class Run(BaseRun):
     config: Config
     state: RunState
 
-    def __init__(self, prepared: Prepared, groups: Mapping[str, Group], opening: Opening):
+    def __init__(self, prepared: Prepared, groups: Groups, opening: Opening):
         config = prepared.config
         self.prepared, self.prompts = prepared, prepared.prompts
         self.policy, self.reward, self.rollout = groups["policy"], groups["reward"], groups["rollout"]
@@ -108,9 +108,11 @@ class Run(BaseRun):
         """
         self.progress.phase("update")
         self.trainers_change()
-        calls = {"policy": self._start_update(self.policy, batch)}
+        trained = {"policy": self.policy}
         if self.critic is not None and "returns" in batch:
-            calls["critic"] = self._start_update(self.critic, batch)
+            trained["critic"] = self.critic
+        self.turns.take(dict.fromkeys(trained, "all"))
+        calls = {name: self._start_update(group, batch) for name, group in trained.items()}
         results = {name: call.result()[0] for name, call in calls.items()}
         metrics = dict(results["policy"])
         for name, value in results.get("critic", {}).items():
@@ -132,13 +134,15 @@ class Run(BaseRun):
                 ``rollout.verify_weights`` says.
 
         Returns:
-            ``sync/bytes``, ``sync/buckets``.
+            ``sync/bytes``, ``sync/buckets``, ``sync/seconds``, ``sync/gb_per_s``; see `transfer_weights`.
 
         Raises:
             RunFailed: where a weight differs; it names the tensors.
         """
         self.progress.phase("sync")
         verify = self.config.rollout.verify_weights == "always" if verify is None else verify
+        # Engines that share GPUs sleep until now. Their KV cache comes back when they generate, and the policy has gone.
+        self.turns.take({"policy": "weights", "rollout": "weights"})
         metrics = transfer_weights(self.policy, self.rollout, self.state.weight_version + 1, verify)
         self.state.weight_version += 1
         return metrics
@@ -157,6 +161,7 @@ class Run(BaseRun):
     def save_model(self) -> Path:
         """Write the policy as a Hugging Face folder, with its tokenizer, into ``RUN/model``."""
         folder = self.folder / "model"
+        self.turns.take({"policy": "weights"})
         try:
             self.policy.broadcast("save_model", folder=str(folder.absolute()))
             self.prepared.tokenizer.save_pretrained(folder)
@@ -266,6 +271,7 @@ def launch(
         stack.push(lambda kind, *_: run.close(failed=kind is not None))
         if opening.checkpoint is not None:
             run.restore(opening.checkpoint)
+        connect_weights(run.policy, run.rollout, config)
         run.publish_weights(verify=True)
         with run.kept():
             yield run

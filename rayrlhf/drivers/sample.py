@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.progress import track
 
 from rayrlhf.batch import Batch
-from rayrlhf.config import plan_rows
 from rayrlhf.config.jobs import SamplingConfig, SamplingSettings
 from rayrlhf.data import Prompt
 from rayrlhf.drivers.base import started
 from rayrlhf.drivers.checks import Problems
-from rayrlhf.drivers.jobs import PreparedJob, decoded, prepare_job, sampled, seeded, whole_files
+from rayrlhf.drivers.jobs import PreparedJob, Sampler, decoded, prepare_job, seeded, whole_files
 from rayrlhf.drivers.roles import job_specs
 from rayrlhf.errors import RunFailed
 from rayrlhf.monitoring import render_plan
+from rayrlhf.planning.rows import plan_rows
 
 __all__ = ["sample_responses"]
 
@@ -115,10 +115,11 @@ def sample_responses(config: SamplingConfig, console: Console | None = None) -> 
         whole_files(config, OUTPUTS, [UNSCORED]) as (summary, data, unscored),
         started(config, job_specs(prepared, longest)) as groups,
     ):
+        sampler = Sampler(config, groups)
         starts = range(0, len(prepared.prompts), at_once)
         for start in track(starts, "sampling", console=console, disable=not console.is_terminal):
             some = prepared.prompts[start : start + at_once]
-            batch = sampled(groups, seeded(some, config.rollout.samples_per_prompt, (config.seed,)))
+            batch = sampler(seeded(some, config.rollout.samples_per_prompt, (config.seed,)))
             responses = _responses(batch, prepared)
             for row in _unscored(some, responses):
                 unscored.write(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from rayrlhf.config import Config, plan_rows
+from rayrlhf.config import Config
 from rayrlhf.config.base import JobConfig
 from rayrlhf.config.offline import PreferenceConfig, RewardModelConfig, SFTConfig
 from rayrlhf.config.pipeline import COMMANDS
@@ -14,6 +14,9 @@ from rayrlhf.drivers.offline import launch_offline
 from rayrlhf.drivers.run import launch
 from rayrlhf.errors import InputRefused
 from rayrlhf.monitoring import pair_samples, render_comparison, render_plan
+from rayrlhf.monitoring.plan import render_notes
+from rayrlhf.planning.plan import memory_notes
+from rayrlhf.planning.rows import plan_rows
 
 __all__ = ["train"]
 
@@ -42,6 +45,7 @@ def train(config: JobConfig, *, resume: bool = False, console: Console | None = 
 
 def _train_ppo(config: Config, resume: bool, console: Console) -> None:
     render_plan(plan_rows(config), console)
+    render_notes(memory_notes(config), console)
     with launch(config, resume=resume, console=console) as run:
         ppo.train(run)
         results = run.evaluations.results

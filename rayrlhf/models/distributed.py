@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.world import World
 
-__all__ = ["all_max", "all_sum", "device_of", "join_group"]
+__all__ = ["all_max", "all_sum", "device_of", "infer_together", "join_group", "nothing_wanted"]
 
 
 def device_of(world: World) -> torch.device:
@@ -26,10 +29,10 @@ def join_group(world: World, timeout_s: float) -> None:
     """
     if world.threads is not None:
         torch.set_num_threads(world.threads)
-    if dist.is_initialized():
-        if dist.get_world_size() != world.size:
-            raise RuntimeError(f"this process is in a group of {dist.get_world_size()} ranks already, not {world.size}")
-        return
+    joined = dist.is_initialized()
+    if joined and dist.get_world_size() != world.size:
+        raise RuntimeError(f"this process is in a group of {dist.get_world_size()} ranks already, not {world.size}")
+    # DeepSpeed reads them too, also where the group is another role's, or vLLM's.
     os.environ.update(
         MASTER_ADDR=world.master_addr,
         MASTER_PORT=str(world.master_port),
@@ -37,6 +40,8 @@ def join_group(world: World, timeout_s: float) -> None:
         WORLD_SIZE=str(world.size),
         LOCAL_RANK="0",
     )
+    if joined:
+        return
     dist.init_process_group(
         "nccl" if world.device == "cuda" else "gloo",
         init_method=f"tcp://{world.master_addr}:{world.master_port}",
@@ -60,3 +65,31 @@ def all_max(value: int, device: torch.device) -> int:
     largest = torch.tensor([value], dtype=torch.int64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
+
+
+def nothing_wanted() -> ModelInput:
+    """A forward of two tokens of which none is wanted. Its graph is that of any other micro-batch, as ZeRO-3 needs it."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return ModelInput(torch.zeros(1, 2, dtype=torch.int64), None, none, none, none, none, none)
+
+
+def infer_together(
+    inputs: Sequence[ModelInput],
+    forward: Callable[[ModelInput], tuple[Tensor, ...]],
+    device: torch.device,
+    gathers: bool,
+) -> list[tuple[Tensor, ...]]:
+    """A forward for each input, results on the CPU.
+
+    Args:
+        inputs: this rank's; may be fewer than another rank's, or none.
+        forward: runs the model on one of them.
+        device: where it runs.
+        gathers: whether all ranks gather parameters together. Then they agree on the rounds before the first one, and who has
+            less to do takes part with nothing.
+    """
+    rounds = all_max(len(inputs), device) if gathers else len(inputs)
+    outputs = [tuple(t.cpu() for t in forward(i.to(device))) for i in inputs]
+    for _ in range(rounds - len(inputs)):
+        forward(nothing_wanted().to(device))
+    return outputs

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,38 +12,98 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayrlhf.errors import RunFailed
 from rayrlhf.models.heads import ScalarModel
 from rayrlhf.models.loading import SCORE_SHIFT, scorer_class
+from rayrlhf.models.parallel import whole_parameter, whole_shape
 from rayrlhf.models.tokenizer import Padding
 
-__all__ = ["gathered_adapters", "named_weights", "save_model_folder", "save_reward_folder"]
+__all__ = [
+    "adapter_layout",
+    "gathered_adapters",
+    "named_adapters",
+    "named_weights",
+    "save_model_folder",
+    "save_reward_folder",
+    "weight_layout",
+]
 
 PADDING_SAID = "rayrlhf_padding"
 """Key of a reward model's configuration: why its padding token isn't the tokenizer's."""
 
 
-def named_weights(lm: nn.Module, *, zero_stage: int, group_bytes: int = 2**28) -> Iterator[tuple[str, Tensor]]:
-    """Weights one by one, as `from_pretrained` names them; a tied weight comes once.
+def named_weights(
+    lm: nn.Module, *, zero_stage: int, group_bytes: int = 2**28, merged: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights one by one, as a checkpoint that `save_pretrained` writes names them; a tied weight comes once.
 
-    With LoRA, W + scale * B A stands in place of W (Hu et al. 2021, eq. 3). Under ZeRO-3 the parameters are gathered
-    in groups of about ``group_bytes``; all ranks must go through the whole iterator together.
+    Where transformers holds a parameter in another form than checkpoints do (the experts of a mixture as one tensor), the
+    checkpoint's tensors come one after the other. With LoRA, W + scale * B A stands in place of W (Hu et al. 2021, eq. 3).
+    Under ZeRO-3 the parameters are gathered in groups of about ``group_bytes``; all ranks must go through the whole
+    iterator together.
+
+    Args:
+        merged: False gives the weights without their adapters.
 
     Yields:
         (name, tensor); the tensor is only valid until the next one is asked for.
     """
-    group: list[tuple[str, Any, Tensor]] = []
-    size = 0
-    for entry in _entries(lm):
-        group.append(entry)
-        size += _full_bytes(entry[2])
-        if size >= group_bytes:
-            yield from _gathered(group, zero_stage)
-            group, size = [], 0
-    if group:
-        yield from _gathered(group, zero_stage)
+    form = _form(lm)
+    for group in _groups(_entries(lm), group_bytes):
+        adapters = [p for _, layer, _ in group if layer is not None for p in _adapters_of(layer)] if merged else []
+        with _whole([p for _, _, p in group] + adapters, zero_stage), torch.no_grad():
+            for name, layer, parameter in group:
+                weight = whole_parameter(parameter)
+                if layer is not None and merged:
+                    for adapter in layer.active_adapters:
+                        weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+                yield from form(name, weight)
 
 
-def _entries(lm: nn.Module) -> Iterator[tuple[str, Any, Tensor]]:
+def weight_layout(lm: nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """(name, shape, type) of what `named_weights` yields, in its order; nothing is gathered, and no rank is waited for.
+
+    Raises:
+        RunFailed: where the checkpoint's tensors can't be made of one parameter at a time.
+    """
+    form = _form(lm)
+    found: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+    stand_ins = {name: torch.empty(_full_shape(p), dtype=p.dtype, device="meta") for name, _, p in _entries(lm)}
+    for name, stand_in in stand_ins.items():
+        found += [(n, tuple(t.shape), t.dtype) for n, t in form(name, stand_in)]
+    apart = Counter((n, shape) for n, shape, _ in found)
+    together = Counter((n, tuple(t.shape)) for n, t in _checkpoint_form(lm, stand_ins).items())
+    if apart != together:
+        odd = sorted({n for n, _ in (apart - together) + (together - apart)})
+        raise RunFailed(
+            f"{type(lm).__name__}: checkpoints of this model hold tensors that are made of several of its parameters "
+            f"({', '.join(odd[:4])}); such weights can't be exported"
+        )
+    return found
+
+
+def _checkpoint_form(lm: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names and tensors as `save_pretrained` writes them, from the model's own."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(lm, state)
+
+
+def _form(lm: nn.Module) -> Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]:
+    """How one parameter stands in a checkpoint."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    model: Any = lm
+    if not getattr(model, "_weight_conversions", None) and not get_model_conversion_mapping(model, add_legacy=False):
+        return lambda name, weight: [(name, weight)]
+    return lambda name, weight: _checkpoint_form(model, {name: weight}).items()
+
+
+_Entry = tuple[str, Any, Any]
+"""Name, LoRA layer or None, parameter."""
+
+
+def _entries(lm: nn.Module) -> Iterator[_Entry]:
     """(name, LoRA layer or None, parameter) of each base weight."""
     layers = {name: m for name, m in lm.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
     for name, parameter in lm.named_parameters(remove_duplicate=True):
@@ -60,22 +121,27 @@ def _prefixes(name: str) -> Iterator[str]:
         yield name
 
 
-def _full_bytes(parameter: Tensor) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+def _adapters_of(layer: nn.Module) -> list[nn.Parameter]:
+    return [p for n, p in layer.named_parameters() if "lora_" in n]
 
 
-def _gathered(group: list[tuple[str, Any, Tensor]], zero_stage: int) -> Iterator[tuple[str, Tensor]]:
-    needed = [p for _, _, p in group]
-    for _, layer, _ in group:
-        if layer is not None:
-            needed += [p for n, p in layer.named_parameters() if "lora_" in n]
-    with _whole(needed, zero_stage), torch.no_grad():
-        for name, layer, parameter in group:
-            weight = parameter.detach()
-            if layer is not None:
-                for adapter in layer.active_adapters:
-                    weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
-            yield name, weight
+def _groups(entries: Iterable[_Entry], group_bytes: int) -> Iterator[list[_Entry]]:
+    """Neighbouring entries whose weights take up about so many bytes together."""
+    group: list[_Entry] = []
+    size = 0
+    for entry in entries:
+        group.append(entry)
+        size += torch.Size(_full_shape(entry[2])).numel() * entry[2].element_size()
+        if size >= group_bytes:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _full_shape(parameter: Any) -> tuple[int, ...]:
+    """Of the whole parameter, also where ZeRO-3 or tensor parallelism leaves a share of it here."""
+    return tuple(getattr(parameter, "ds_shape", whole_shape(parameter)))
 
 
 def _whole(parameters: list[Any], zero_stage: int) -> Any:
@@ -90,6 +156,25 @@ def _whole(parameters: list[Any], zero_stage: int) -> Any:
 def gathered_adapters(lm: nn.Module, *, zero_stage: int) -> Any:
     """A context in which every rank sees all adapter weights whole."""
     return _whole([p for n, p in lm.named_parameters() if "lora_" in n], zero_stage)
+
+
+def adapter_layout(lm: nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """(name, shape, type) of what `named_adapters` yields, in its order; nothing is gathered."""
+    return [(name, _full_shape(p), p.dtype) for name, _, p in _adapter_entries(lm)]
+
+
+def named_adapters(lm: nn.Module, *, zero_stage: int, group_bytes: int = 2**28) -> Iterator[tuple[str, Tensor]]:
+    """The adapters' tensors under the names that `peft.PeftModel.save_pretrained` gives them; as `named_weights`."""
+    for group in _groups(_adapter_entries(lm), group_bytes):
+        with _whole([p for _, _, p in group], zero_stage):
+            for name, _, parameter in group:
+                yield name, parameter.detach()
+
+
+def _adapter_entries(lm: nn.Module) -> Iterator[_Entry]:
+    for name, parameter in lm.named_parameters():
+        if "lora_" in name:
+            yield f"base_model.model.{name.replace('.default', '')}", None, parameter
 
 
 def save_model_folder(lm: Any, weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:

@@ -57,6 +57,10 @@ class ModelInput:
     """bool [B, 1, L, L] where a prompt is shared: which position (rows) may attend to which; None: the model's own."""
     grid: Grid | None = None
     """The same tokens without padding, for a CPU; None where there is no padding and no mask."""
+    bounds: Tensor | None = None
+    """int32 [S + 1], where each sample of a packed row begins, and the row's end; None where rows aren't packed."""
+    longest: int = 0
+    """Tokens of the longest sample of a packed row."""
 
     def to(self, device: torch.device | str) -> ModelInput:
         """The same on another device. The grid stays where it is: it is for a CPU."""
@@ -131,9 +135,10 @@ def _lay_out(batch: Batch, indices: Tensor, packing: bool, wanted: Tensor) -> Mo
     local_start = torch.cumsum(lengths, 0) - lengths
     within = torch.arange(count) - torch.repeat_interleave(local_start, lengths)
     source = torch.repeat_interleave(batch.offsets[indices], lengths) + within
-    grid = None
+    grid, bounds = None, None
     if packing:
         place, width = torch.arange(count), count
+        bounds = torch.cat([local_start, lengths.sum()[None]]).to(torch.int32)
         input_ids, position_ids = tokens[source][None], within[None]
     else:
         width = int(lengths.max())
@@ -158,6 +163,8 @@ def _lay_out(batch: Batch, indices: Tensor, packing: bool, wanted: Tensor) -> Mo
         source[chosen],
         place[ends],
         grid=grid,
+        bounds=bounds,
+        longest=int(lengths.max()),
     )
 
 

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from rayrlhf.models.cpu import with_cpu_kernels
 from rayrlhf.models.heads import ScalarModel, hidden_states, output_logits
 from rayrlhf.models.layout import PromptSharing, pair_micro_batches
 from rayrlhf.models.packing import packs
+from rayrlhf.models.varlen import VARLEN
+from rayrlhf.models.zero import Partitioner, callable_in_parts, whole
 
 __all__ = [
     "add_lora",
@@ -163,16 +165,10 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
 
 
-def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype) -> Any:
-    """A causal language model on the CPU, without dropout.
-
-    Raises:
-        InputRefused: where weights are missing, or samples shall be packed which the model wouldn't keep apart.
-    """
-    config = load_config(path, trust_remote_code=model.trust_remote_code)
-    _refuse_lost_softcap(path, config, model)
-    with quiet_loading():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+def _read(kind: Any, path: str, config: Any, model: ModelConfig, dtype: torch.dtype, zero: Partitioner | None) -> Any:
+    """What ``kind.from_pretrained`` reads, without dropout; with ``zero`` all but scalar heads in parts."""
+    with quiet_loading(), nullcontext() if zero is None else zero.reading(HEADS):
+        loaded, found = kind.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -180,19 +176,40 @@ def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype) -> Any:
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
         )
-    lm, found = loaded
     _refuse_missing(path, found)
-    _refuse_leaks(path, lm.base_model, model)
-    return with_cpu_kernels(without_dropout(lm))
+    if zero is not None:
+        zero.finish(loaded if kind is AutoModelForCausalLM else loaded.base_model)
+    return without_dropout(loaded)
+
+
+def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype, zero: Partitioner | None = None) -> Any:
+    """A causal language model on the CPU, without dropout.
+
+    Args:
+        path: folder or hub name.
+        model: how it is run.
+        dtype: of its weights.
+        zero: spreads them over the ranks while they are read; all ranks read together, and ``dtype`` is the partitioner's.
+            None: this process holds the whole model.
+
+    Raises:
+        InputRefused: where weights are missing, or samples shall be packed which the model wouldn't keep apart.
+    """
+    config = load_config(path, trust_remote_code=model.trust_remote_code)
+    _refuse_lost_softcap(path, config, model)
+    lm = _read(AutoModelForCausalLM, path, config, model, dtype, zero)
+    with callable_in_parts(lm):
+        _refuse_leaks(path, lm.base_model, model)
+        return with_cpu_kernels(lm)
 
 
 def _refuse_lost_softcap(path: str, config: Any, model: ModelConfig) -> None:
     """torch's attention knows no soft cap of attention logits (Gemma 2), and leaves it out in silence."""
     cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    if cap is not None and model.attention == "sdpa":
+    if cap is not None and model.attention in ("sdpa", VARLEN):
         raise InputRefused(
-            f"model {path!r} caps its attention logits at {cap:g}, which the attention sdpa leaves out; set attention to eager "
-            "or flash_attention_2, or attn_logit_softcapping to null in the model's config.json"
+            f"model {path!r} caps its attention logits at {cap:g}, which the attention {model.attention} leaves out; set "
+            "attention to eager or flash_attention_2, or attn_logit_softcapping to null in the model's config.json"
         )
 
 
@@ -204,16 +221,36 @@ def without_dropout(model: Any) -> Any:
     return model
 
 
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def _attention_of_this_device(model: Any) -> Iterator[None]:
+    """Within it a model can be tried where it lies: on a CPU torch's attention stands in for flash attention."""
+    name = model.config._attn_implementation
+    if not name.startswith("flash") or _device(model).type != "cpu":
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(name)
+
+
 def check_output_head(lm: Any) -> None:
     """Refuse a model whose logits aren't its output layer's over the last hidden states, scaled in a known way.
 
     Raises:
         InputRefused: naming the model's class.
     """
-    ids = torch.arange(1, 5)[None] % lm.config.get_text_config().vocab_size
-    with torch.no_grad():
+    ids = (torch.arange(1, 5)[None] % lm.config.get_text_config().vocab_size).to(_device(lm))
+    with torch.no_grad(), callable_in_parts(lm), _attention_of_this_device(lm):
         expected = lm(input_ids=ids, use_cache=False).logits[0].float()
-        found = output_logits(lm, lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+        hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        with whole(lm.get_output_embeddings().parameters()):
+            found = output_logits(lm, hidden).float()
     # Nearly the same operations: a cap far above these logits must still be seen.
     tolerance = 1e-3 if lm.dtype == torch.float32 else 2e-2
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
@@ -230,8 +267,8 @@ def _refuse_leaks(path: str, backbone: Any, model: ModelConfig) -> None:
     """
     if not packs(model) or model.attention.startswith("flash"):
         return
-    ids = torch.arange(1, 9)[None] % backbone.config.get_text_config().vocab_size
-    positions = torch.arange(4).repeat(2)[None]
+    ids = (torch.arange(1, 9)[None] % backbone.config.get_text_config().vocab_size).to(_device(backbone))
+    positions = torch.arange(4, device=ids.device).repeat(2)[None]
     with torch.no_grad():
         packed = backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, 4:].float()
         alone = backbone(input_ids=ids[:, 4:], use_cache=False).last_hidden_state[0].float()
@@ -260,8 +297,8 @@ def prompt_sharing(backbone: Any, model: ModelConfig) -> PromptSharing | None:
     (shared,) = pair_micro_batches(trial, 11, sharing=PromptSharing(6, 2**20), mask=None)
     (apart,) = pair_micro_batches(trial, 12, mask=None)
     # With the masks, which every device can take; the grid that a CPU may have instead has a trial of its own.
-    shared, apart = replace(shared, grid=None), replace(apart, grid=None)
-    with torch.no_grad():
+    shared, apart = (replace(part, grid=None).to(_device(backbone)) for part in (shared, apart))
+    with torch.no_grad(), callable_in_parts(backbone):
         try:
             found = hidden_states(backbone, shared, shared.last).float()
         except (TypeError, ValueError, RuntimeError, IndexError):  # a model whose attention takes no such mask
@@ -311,23 +348,17 @@ def _refuse_tied(lm: Any) -> None:
             raise InputRefused(f"lora.target_modules: {both} are one tied weight, which can't have an adapter")
 
 
-def _backbone(path: str, model: ModelConfig, dtype: torch.dtype, num_layers: int | None) -> Any:
+def _backbone(
+    path: str, model: ModelConfig, dtype: torch.dtype, num_layers: int | None, zero: Partitioner | None
+) -> Any:
     config = load_config(path, trust_remote_code=model.trust_remote_code)
     _refuse_lost_softcap(path, config, model)
     if num_layers is not None:
         shorten(config, num_layers, path)
-    with quiet_loading():
-        backbone, found = AutoModel.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=model.attention,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-        )
-    _refuse_missing(path, found)
-    _refuse_leaks(path, backbone, model)
-    return with_cpu_kernels(without_dropout(backbone))
+    backbone = _read(AutoModel, path, config, model, dtype, zero)
+    with callable_in_parts(backbone):
+        _refuse_leaks(path, backbone, model)
+        return with_cpu_kernels(backbone)
 
 
 def shorten(config: PretrainedConfig, num_layers: int, path: str) -> None:
@@ -340,16 +371,18 @@ def shorten(config: PretrainedConfig, num_layers: int, path: str) -> None:
         text.layer_types = text.layer_types[:num_layers]
 
 
-def load_critic(path: str, model: ModelConfig, *, num_layers: int | None, dtype: torch.dtype) -> ScalarModel:
-    """A value model from any causal LM or reward model.
+def load_critic(
+    path: str, model: ModelConfig, *, num_layers: int | None, dtype: torch.dtype, zero: Partitioner | None = None
+) -> ScalarModel:
+    """A value model from any causal LM or reward model; ``zero`` as in `load_causal_lm`, but the head stays whole.
 
     The head is the reward model's, where it is one; else 0, so that every value begins at 0. Hidden states can be large, and
     a random head over them would drown the first advantages in noise.
     """
     scorer = None
     if _is_reward_model(load_config(path, trust_remote_code=model.trust_remote_code)):
-        scorer = load_reward_model(path, model, dtype=dtype, num_layers=num_layers)
-    backbone: Any = scorer.backbone if scorer is not None else _backbone(path, model, dtype, num_layers)
+        scorer = load_reward_model(path, model, dtype=dtype, num_layers=num_layers, zero=zero)
+    backbone: Any = scorer.backbone if scorer is not None else _backbone(path, model, dtype, num_layers, zero)
     size = backbone.config.get_text_config().hidden_size
     head = nn.Linear(size, 1)
     nn.init.zeros_(head.weight)
@@ -368,9 +401,14 @@ def _is_reward_model(config: PretrainedConfig) -> bool:
 
 
 def load_reward_model(
-    path: str, model: ModelConfig, *, dtype: torch.dtype, num_layers: int | None = None
+    path: str,
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    num_layers: int | None = None,
+    zero: Partitioner | None = None,
 ) -> ScalarModel:
-    """A sequence-classification model with one label, read at the last real token.
+    """A sequence-classification model with one label, read at the last real token; ``zero`` as in `load_critic`.
 
     Raises:
         InputRefused: where the model has no scalar head, or weights are missing.
@@ -383,35 +421,30 @@ def load_reward_model(
     _refuse_lost_softcap(path, config, model)
     if num_layers is not None:
         shorten(config, num_layers, path)
-    with quiet_loading():
-        classifier, found = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=model.attention,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-        )
-    _refuse_missing(path, found)
-    _refuse_bidirectional(path, classifier.base_model)
-    _refuse_leaks(path, classifier.base_model, model)
+    classifier = _read(AutoModelForSequenceClassification, path, config, model, dtype, zero)
+    backbone = classifier.base_model
+    with callable_in_parts(backbone):
+        _refuse_bidirectional(path, backbone)
+        _refuse_leaks(path, backbone, model)
     head = next((getattr(classifier, n) for n in HEADS if hasattr(classifier, n)), None)
     if not isinstance(head, nn.Linear):
         raise InputRefused(
             f"reward model {path!r} ({type(classifier).__name__}) has no linear head named score or classifier"
         )
     shift = (getattr(config, SCORE_SHIFT, None) or {}).get("shift", 0.0)
-    return ScalarModel(with_cpu_kernels(without_dropout(classifier.base_model)), _shifted(head, shift))
+    with callable_in_parts(backbone):
+        return ScalarModel(with_cpu_kernels(backbone), _shifted(head, shift))
 
 
 @torch.no_grad()
 def _refuse_bidirectional(path: str, backbone: Any) -> None:
     """A model in which a token sees later ones (BERT, say) would see padding too, and has a pooler before its head."""
-    ids = (torch.arange(1, 7) % backbone.config.get_text_config().vocab_size)[None]
+    ids = (torch.arange(1, 7) % backbone.config.get_text_config().vocab_size)[None].to(_device(backbone))
     was_training = backbone.training
     backbone.eval()
-    whole = backbone(input_ids=ids).last_hidden_state[0, :4].float()
-    part = backbone(input_ids=ids[:, :4]).last_hidden_state[0].float()
+    with _attention_of_this_device(backbone):
+        whole = backbone(input_ids=ids).last_hidden_state[0, :4].float()
+        part = backbone(input_ids=ids[:, :4]).last_hidden_state[0].float()
     backbone.train(was_training)
     tolerance = 1e-3 if backbone.dtype == torch.float32 else 5e-2
     if not torch.allclose(whole, part, rtol=tolerance, atol=tolerance * float(part.abs().max())):

@@ -15,7 +15,7 @@ from rich.text import Text
 from rayrlhf.monitoring.state import STEPS_KEPT, TREND_METRICS, RunState
 from rayrlhf.monitoring.text import can_draw, duration, finite, fixed, number_or_none, printable, sparkline
 
-__all__ = ["render", "step_line"]
+__all__ = ["render", "shown_metrics", "step_line"]
 
 
 class Column(NamedTuple):
@@ -77,6 +77,12 @@ def step_line(state: RunState) -> str:
     if left is not None:
         parts.append(f"left {duration(left)}")
     return "  ".join(parts)
+
+
+def shown_metrics(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Those metrics that the display draws, as numbers."""
+    names = {*(column.metric for column in COLUMNS), *TREND_METRICS}
+    return {k: number_or_none(v) for k, v in metrics.items() if k in names or k.startswith("timing/")}
 
 
 def render(state: RunState, console: Console) -> RenderableType:

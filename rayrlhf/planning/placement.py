@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
 
-__all__ = ["Claim", "Machine", "Placement", "Pool", "Seat"]
+from rayrlhf.errors import InputRefused
+
+__all__ = ["Claim", "Machine", "Placement", "Pool", "Seat", "Sharing", "fits", "place", "pools_of"]
+
+Sharing = Literal["colocated", "disaggregated"] | Sequence[Sequence[str]]
+"""Which roles share GPUs: all, none, or those of one list."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +78,240 @@ class Placement:
     def sharing(self, role: str) -> frozenset[str]:
         """The other roles on the GPUs of a role."""
         return frozenset(r for pool in self.pools if role in pool.roles for r in pool.roles) - {role}
+
+
+def place(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine]) -> Placement:
+    """Give each process of each role its GPUs.
+
+    The GPUs of one process are on one machine. Ranks are packed: neighbours are on the same machine as far as it goes, and
+    a role takes the first GPUs of its pool. A pool stays on one machine where it can, and all of them where they can.
+    The same claims and machines always give the same placement.
+
+    Raises:
+        InputRefused: where the machines are too small, with what is missing and the nearest change that would do.
+    """
+    pools = pools_of(claims, sharing)
+    taken = _fit(pools, machines)
+    if taken is None:
+        raise InputRefused(_why_not(claims, sharing, machines))
+    return _seated(pools, taken, machines)
+
+
+def fits(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine]) -> bool:
+    """Whether `place` would succeed."""
+    return _fit(pools_of(claims, sharing), machines) is not None
+
+
+def pools_of(claims: Sequence[Claim], sharing: Sharing) -> list[list[Claim]]:
+    """The roles that need GPUs, by whom they share them with, in the order of the claims."""
+    pools: dict[object, list[Claim]] = {}
+    for claim in claims:
+        if claim.gpus == 0 or claim.processes == 0:
+            continue
+        key: object = "all" if sharing == "colocated" else claim.role
+        if not isinstance(sharing, str):
+            key = next((k for k, roles in enumerate(sharing) if claim.role in roles), claim.role)
+        pools.setdefault(key, []).append(claim)
+    return list(pools.values())
+
+
+# -- which machine gives how many GPUs to which pool ----------------------------------------------------------------
+
+_Taken = list[list[int]]
+"""By pool and machine: GPUs."""
+
+
+def _fit(pools: Sequence[Sequence[Claim]], machines: Sequence[Machine]) -> _Taken | None:
+    """GPUs of each machine for each pool; None where they aren't found.
+
+    The problem is one of packing bins. One machine for all is tried first, the smallest that does; then several orders in
+    which pools choose and in which machines are offered, the tidiest first.
+    """
+    rooms = [machine.gpus for machine in machines]
+    for one in sorted(range(len(machines)), key=lambda m: (rooms[m], m)):
+        alone = [room if m == one else 0 for m, room in enumerate(rooms)]
+        found = _deal(pools, alone, _BY_UNIT, _emptiest)
+        if found is not None:
+            return found
+    for order, offer in product((_BY_UNIT, _BY_SIZE, _AS_GIVEN), (_tightest, _emptiest, _first)):
+        found = _deal(pools, rooms, order, offer)
+        if found is not None:
+            return found
+    return None
+
+
+def _size(pool: Sequence[Claim]) -> int:
+    return max(claim.processes * claim.gpus for claim in pool)
+
+
+_Order = Callable[[Sequence[Claim]], tuple[int, ...]]
+_Offer = Callable[[Sequence[int], Sequence[Claim]], list[int]]
+
+_BY_UNIT: _Order = lambda pool: (-max(claim.gpus for claim in pool), -_size(pool))  # noqa: E731
+_BY_SIZE: _Order = lambda pool: (-_size(pool),)  # noqa: E731
+_AS_GIVEN: _Order = lambda pool: ()  # noqa: E731
+
+
+def _tightest(rooms: Sequence[int], pool: Sequence[Claim]) -> list[int]:
+    """The smallest machine that holds the whole pool; else the emptiest ones first, so that it sits on few."""
+    whole = [m for m, room in enumerate(rooms) if all(room // c.gpus >= c.processes for c in pool)]
+    return [min(whole, key=lambda m: (rooms[m], m))] if whole else _emptiest(rooms, pool)
+
+
+def _emptiest(rooms: Sequence[int], pool: Sequence[Claim]) -> list[int]:
+    return sorted(range(len(rooms)), key=lambda m: (-rooms[m], m))
+
+
+def _first(rooms: Sequence[int], pool: Sequence[Claim]) -> list[int]:
+    return list(range(len(rooms)))
+
+
+def _deal(pools: Sequence[Sequence[Claim]], rooms: Sequence[int], order: _Order, offer: _Offer) -> _Taken | None:
+    """Let one pool after the other take what it needs; None where one doesn't get it."""
+    free = list(rooms)
+    taken: _Taken = [[0] * len(rooms) for _ in pools]
+    for index in sorted(range(len(pools)), key=lambda k: (*order(pools[k]), k)):
+        left = {claim.role: claim.processes for claim in pools[index]}
+        for m in offer(free, pools[index]):
+            # No more than any of its roles can use: a machine's odd GPU is of no use to an engine over two.
+            seats = {c.role: min(left[c.role], free[m] // c.gpus) for c in pools[index]}
+            taken[index][m] = max(seats[c.role] * c.gpus for c in pools[index])
+            left = {role: count - seats[role] for role, count in left.items()}
+            free[m] -= taken[index][m]
+        if any(left.values()):
+            return None
+    return taken
+
+
+def _seated(pools: Sequence[Sequence[Claim]], taken: _Taken, machines: Sequence[Machine]) -> Placement:
+    """Numbers for the GPUs of each pool, and seats on them. Pools of larger processes get the lower numbers."""
+    used = [0] * len(machines)
+    numbers: list[list[tuple[int, int]]] = [[] for _ in pools]
+    for index in sorted(range(len(pools)), key=lambda k: (*_BY_UNIT(pools[k]), k)):
+        for m, count in enumerate(taken[index]):
+            numbers[index] += [(m, used[m] + k) for k in range(count)]
+            used[m] += count
+    seats = []
+    for pool, gpus in zip(pools, numbers, strict=True):
+        for claim in pool:
+            free = [
+                (m, tuple(on[k * claim.gpus : (k + 1) * claim.gpus]))
+                for m in range(len(machines))
+                for on in [[number for machine, number in gpus if machine == m]]
+                for k in range(len(on) // claim.gpus)
+            ]
+            seats += [Seat(claim.role, rank, *free[rank]) for rank in range(claim.processes)]
+    return Placement(
+        tuple(machines),
+        tuple(Pool(tuple(c.role for c in pool), tuple(gpus)) for pool, gpus in zip(pools, numbers, strict=True)),
+        tuple(seats),
+    )
+
+
+# -- why it doesn't fit -----------------------------------------------------------------------------------------------
+
+
+def _why_not(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine]) -> str:
+    """One message: what is needed, what is there, what is missing, and what would do."""
+    pools = pools_of(claims, sharing)
+    needed, there = sum(_size(pool) for pool in pools), sum(machine.gpus for machine in machines)
+    widest, largest = max(c.gpus for pool in pools for c in pool), max((m.gpus for m in machines), default=0)
+    wants = "; ".join(_wants(pool) for pool in pools)
+    has = _has(machines)
+    if widest > largest > 0:
+        problem = f"an engine over {widest} GPUs (rollout.tensor_parallel) stays on one machine, but found {has}"
+    elif needed > there:
+        problem = f"found {has}, but {needed} are needed ({wants}): {needed - there} too few"
+    else:
+        problem = f"found {has}, but no way to deal out {needed} of them ({wants}) keeps each engine on one machine"
+    changes = _changes(claims, sharing, machines)
+    return f"cluster: {problem}; what would do: {', or '.join(changes)}"
+
+
+def _wants(pool: Sequence[Claim]) -> str:
+    parts = [f"{c.role} {c.processes}" + (f" x {c.gpus}" if c.gpus > 1 else "") for c in pool]
+    return f"{' and '.join(parts)} on the same {_size(pool)}" if len(parts) > 1 else parts[0]
+
+
+def _has(machines: Sequence[Machine]) -> str:
+    if sum(machine.gpus for machine in machines) == 0:
+        return "no GPUs"
+    kinds: dict[int, int] = {}
+    for machine in machines:
+        kinds[machine.gpus] = kinds.get(machine.gpus, 0) + 1
+    parts = [f"{n} machine{'s' if n > 1 else ''} of {g} GPU{'s' if g != 1 else ''}" for g, n in kinds.items()]
+    return " and ".join(parts)
+
+
+def _changes(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine]) -> list[str]:
+    """Changes of one thing each with which the claims fit, the smallest first."""
+    found = []
+    if sharing != "colocated" and fits(claims, "colocated", machines):
+        found.append("cluster.placement colocated")
+    for key in dict.fromkeys(_count_key(claim.role, claims) for claim in claims if claim.gpus):
+        if (count := _fewer(claims, sharing, machines, key)) is not None:
+            found.append(f"{key} at most {count}")
+    narrower = _narrower(claims, sharing, machines)
+    if narrower is not None:
+        found.append(f"rollout.tensor_parallel {narrower}")
+    largest = max(machines, key=lambda machine: machine.gpus, default=None)
+    if largest is not None and largest.gpus:
+        more = _more(claims, sharing, machines, largest)
+        if more is not None:
+            found.append(f"{more} more machine{'s' if more > 1 else ''} of {largest.gpus} GPUs")
+    if not found:
+        found = _one_share(claims, sharing, machines)
+    return found
+
+
+def _fewer(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine], key: str) -> int | None:
+    """The most processes of the roles that a key counts with which all fit; None where even one is too many."""
+    counted = [_count_key(claim.role, claims) == key for claim in claims]
+    most = max(claim.processes for claim, is_counted in zip(claims, counted, strict=True) if is_counted)
+    for count in range(most - 1, 0, -1):
+        less = [
+            replace(claim, processes=min(count, claim.processes)) if is_counted else claim
+            for claim, is_counted in zip(claims, counted, strict=True)
+        ]
+        if fits(less, sharing, machines):
+            return count
+    return None
+
+
+def _narrower(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine]) -> int | None:
+    """The widest engine below the one asked for with which all fit, as many engines as before."""
+    for k, claim in enumerate(claims):
+        if claim.role != "rollout":
+            continue
+        for gpus in (width for width in range(claim.gpus - 1, 0, -1) if claim.gpus % width == 0):
+            if fits([*claims[:k], replace(claim, gpus=gpus), *claims[k + 1 :]], sharing, machines):
+                return gpus
+    return None
+
+
+def _more(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine], like: Machine) -> int | None:
+    """How many more machines like one would do."""
+    if max((claim.gpus for claim in claims), default=0) > like.gpus:
+        return None
+    more = 1
+    while not fits(claims, sharing, [*machines, *[like] * more]):
+        more += 1
+    return more
+
+
+def _one_share(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine]) -> list[str]:
+    """Where no single change does: the most GPUs a role with which all of them fit, or what one machine must have."""
+    most = max((machine.gpus for machine in machines), default=0)
+    for count in range(max((c.processes for c in claims), default=0), 0, -1):
+        small = [replace(c, processes=min(c.processes, count), gpus=min(c.gpus, 1)) for c in claims]
+        if most and fits(small, sharing, machines):
+            return [f"at most {count} rank{'s' if count > 1 else ''} a role, and rollout.tensor_parallel 1"]
+    needed = sum(_size(pool) for pool in pools_of(claims, sharing))
+    return [f"a machine of {max(needed, max(c.gpus for c in claims))} GPUs"]
+
+
+def _count_key(role: str, claims: Sequence[Claim]) -> str:
+    """The key with the number of a role's processes. An evaluation has one for the model that it measures and its reference."""
+    if role == "model" or role == "reference" and any(claim.role == "model" for claim in claims):
+        return "measure.ranks"
+    return "rollout.engines" if role == "rollout" else f"{role}.ranks"

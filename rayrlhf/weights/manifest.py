@@ -1,102 +1,77 @@
-"""A published set of weights: what lies where, and how to tell that it arrived whole."""
+"""A set of weights that is about to travel: names, places and versions, without a byte of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from rayrlhf.errors import RunFailed
-from rayrlhf.weights.bucket import Entry, pack, unpack
-from rayrlhf.weights.checksums import checksum, listed
-from rayrlhf.weights.transport import Transport
+from rayrlhf.weights.bucket import Bucket, Entry, torch_dtype, wire_bytes
+from rayrlhf.weights.control import Address
 
-__all__ = ["Manifest", "publish", "receive", "release"]
+__all__ = ["Manifest", "matched"]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """One version of the policy's weights. Picklable and small: the bytes lie in the transport."""
+    """One version of the policy's weights. Picklable and small: all that both sides must know before the bytes come."""
 
     version: int
     """Rises by one with each update of the policy."""
     dtype: str
     """Type in which the floating-point tensors travel."""
-    buckets: tuple[Any, ...]
-    """The transport's handles; each has ``entries`` and ``nbytes``."""
-    checksums: dict[str, int] | None
-    """CRC-32 of each tensor's bytes in the travelling type, by Hugging Face name; None where nobody asked."""
+    buckets: tuple[Bucket, ...]
+    """The tensors, in the order in which they travel."""
+    checksums: bool
+    """Whether each bucket comes with CRC-32s of its tensors; they are then compared on arrival."""
+    kind: Literal["weights", "adapter"] = "weights"
+    """``weights``: the whole model. ``adapter``: the tensors of a LoRA adapter, under peft's names."""
+    adapter: Mapping[str, Any] | None = None
+    """peft's LoraConfig as a dictionary. With ``weights`` it says that they are the base of an adapter, which comes next."""
+    serial: int = 0
+    """Which transfer of its group this is, from 1 on: a transfer that is tried again has another number."""
+    address: Address | None = None
+    """The group in which it travels."""
 
     def entries(self) -> Iterator[Entry]:
-        """All tensors, in the order in which they were published."""
-        for handle in self.buckets:
-            yield from handle.entries
+        """All tensors, in the order in which they travel."""
+        for bucket in self.buckets:
+            yield from bucket
 
     @property
     def nbytes(self) -> int:
-        return sum(handle.nbytes for handle in self.buckets)
+        """Bytes that travel to each receiver."""
+        return sum(wire_bytes(bucket, self.checksums) for bucket in self.buckets)
+
+    def place(self, number: int) -> str:
+        """A bucket, for messages: its number from 1 on, and its first tensor."""
+        bucket = self.buckets[number]
+        more = f" and {len(bucket) - 1} more" if len(bucket) > 1 else ""
+        return f"bucket {number + 1} of {len(self.buckets)} ({bucket[0].name}{more})"
 
 
-def publish(
-    named_tensors: Iterable[tuple[str, Tensor]],
-    *,
-    transport: Transport,
-    version: int,
-    bucket_bytes: int,
-    dtype: str,
-    with_checksums: bool,
-) -> Manifest:
-    """Lay out a set of weights for the engines. `release` frees it when they have all received it.
-
-    Args:
-        named_tensors: (Hugging Face name, tensor on any device), each parameter once. A tied output layer is left out,
-            as in `torch.nn.Module.named_parameters`.
-        transport: where the buckets go.
-        version: the weight version that these weights are.
-        bucket_bytes: size of a bucket; a larger tensor gets one of its own.
-        dtype: ``float32`` or ``bfloat16``, the engines' type.
-        with_checksums: also compute each tensor's checksum, so that an engine can verify.
+def matched(manifest: Manifest, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[Entry, Tensor]]:
+    """The tensors, each with its entry; exhausted, it has found all of them.
 
     Raises:
-        RunFailed: where the transport has no room. Nothing is left behind.
+        RunFailed: at the first tensor that isn't what the manifest says, with both.
     """
-    handles: list[Any] = []
-    checksums: dict[str, int] | None = {} if with_checksums else None
-    try:
-        for bucket in pack(named_tensors, bucket_bytes=bucket_bytes, dtype=dtype):
-            handles.append(transport.put(bucket))
-            if checksums is not None:
-                checksums.update((name, checksum(tensor)) for name, tensor in unpack(bucket))
-    except BaseException:
-        for handle in handles:
-            transport.release(handle)
-        raise
-    return Manifest(version, dtype, tuple(handles), checksums)
-
-
-def receive(manifest: Manifest, transport: Transport) -> Iterator[tuple[str, Tensor]]:
-    """The published tensors, bucket after bucket. They may be views of shared memory: copy, don't keep.
-
-    Raises:
-        RunFailed: where a bucket is gone, or where the manifest has checksums and a tensor's bytes are not those which
-            were published; it names the tensors.
-    """
-    for handle in manifest.buckets:
-        bucket = transport.get(handle)
-        if manifest.checksums is not None:
-            expected = manifest.checksums
-            damaged = [name for name, tensor in unpack(bucket) if checksum(tensor) != expected[name]]
-            if damaged:
-                raise RunFailed(
-                    f"weights of version {manifest.version} were damaged on their way ({transport.name}): "
-                    f"{listed(damaged)}"
-                )
-        yield from unpack(bucket)
-
-
-def release(manifest: Manifest, transport: Transport) -> None:
-    """Free the memory of a published set of weights, once no engine needs it."""
-    for handle in manifest.buckets:
-        transport.release(handle)
+    what = f"the weights of version {manifest.version} are not what their manifest says"
+    given = iter(named_tensors)
+    for number, entry in enumerate(manifest.entries()):
+        name, tensor = next(given, (None, None))
+        if name is None or tensor is None:
+            raise RunFailed(f"{what}: they end after {number} tensors, before {entry.name}")
+        if name != entry.name:
+            raise RunFailed(f"{what}: tensor {number} is {name}, the manifest has {entry.name}")
+        if tuple(tensor.shape) != entry.shape:
+            raise RunFailed(f"{what}: {name} has the shape {list(tensor.shape)}, the manifest has {list(entry.shape)}")
+        if tensor.dtype != torch_dtype(entry.dtype) and not tensor.is_floating_point():
+            raise RunFailed(f"{what}: {name} is of type {tensor.dtype}, the manifest has {entry.dtype}")
+        yield entry, tensor
+    extra = next(given, None)
+    if extra is not None:
+        raise RunFailed(f"{what}: there is one tensor more, {extra[0]}")

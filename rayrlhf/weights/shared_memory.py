@@ -1,9 +1,10 @@
 """Weight buckets as files in shared memory, for roles on one machine.
 
-A process that publishes has a folder ``rayrlhf-RUN-PID-RANDOM`` of its own in /dev/shm, with one file a bucket. It
-holds a lock on the folder's file ``lock`` for as long as it lives. The kernel gives that lock back however the process
-ends, so a folder whose lock is free was left behind by a process that died, and the next transport of the same user
-removes it. A process number alone would not do: containers that share /dev/shm count their processes apart.
+A process that sends has a folder ``rayrlhf-RUN-PID-RANDOM`` of its own in /dev/shm, with one file a bucket. At most two
+lie there at once: the next one is written while the receivers read the one before. It holds a lock on the folder's file
+``lock`` for as long as it lives. The kernel gives that lock back however the process ends, so a folder whose lock is free
+was left behind by a process that died, and the next sender of the same user removes it. A process number alone would not
+do: containers that share /dev/shm count their processes apart.
 """
 
 from __future__ import annotations
@@ -16,27 +17,23 @@ import re
 import secrets
 import shutil
 import weakref
-from dataclasses import dataclass
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rayrlhf.errors import RunFailed
-from rayrlhf.weights.bucket import Bucket, Entry
+from rayrlhf.weights.bucket import wire_bytes
+from rayrlhf.weights.control import Control
+from rayrlhf.weights.manifest import Manifest
+from rayrlhf.weights.transport import Receiver, Sender
 
-__all__ = ["FileHandle", "SharedMemory", "remove_stale"]
+__all__ = ["SharedMemoryReceiver", "SharedMemorySender", "remove_stale"]
 
 PREFIX = "rayrlhf-"
 LOCK = "lock"
-
-
-@dataclass(frozen=True)
-class FileHandle:
-    """A bucket in a file that is shared memory."""
-
-    path: str
-    entries: tuple[Entry, ...]
-    nbytes: int
+FOLDER_KEY = "folder"
 
 
 def remove_stale(directory: str | os.PathLike[str]) -> list[str]:
@@ -67,84 +64,86 @@ def _remove(folder: Path, lock: int, owner: int) -> None:
         os.close(lock)
 
 
-class SharedMemory:
-    """Buckets in files under /dev/shm. Files that this process put go away on release, and at its end.
+def _file_name(serial: int, number: int) -> str:
+    return f"{serial}-{number}.bucket"
+
+
+class SharedMemorySender(Sender):
+    """Buckets in files under /dev/shm, at most two at a time.
 
     Args:
+        control: this side of the group's store.
         run: name of the run, for people who look into the directory.
+        keep_all: lay all buckets out without waiting for receivers, which come afterwards in this very thread; `release`
+            frees them.
         directory: where the files lie; anything but a memory file system is slow.
+
+    Raises:
+        RunFailed: where there is no such directory.
     """
 
-    name = "shared_memory"
-
-    def __init__(self, *, run: str = "run", directory: str = "/dev/shm"):
+    def __init__(self, control: Control, *, run: str = "run", keep_all: bool = False, directory: str = "/dev/shm"):
+        super().__init__()
+        self.control, self._keep_all = control, keep_all
         self._directory = Path(directory)
-        self._run = re.sub(r"[^A-Za-z0-9_]+", "_", run)[-40:]
-        self._folder: Path | None = None
-        self._finalizer: weakref.finalize | None = None
-        self._count = 0
         if not self._directory.is_dir():
             raise RunFailed(
                 f"there is no directory {directory} for the weight transport shared_memory; "
-                "rollout.weight_transport=object_store needs none"
+                "rollout.weight_transport=gloo needs none"
             )
         remove_stale(self._directory)
+        self._make_folder(re.sub(r"[^A-Za-z0-9_]+", "_", run)[-40:])
+        control.put(FOLDER_KEY, str(self._folder).encode())
 
-    def put(self, bucket: Bucket) -> FileHandle:
-        folder = self._own_folder()
-        path = folder / f"{self._count}.bucket"
-        self._count += 1
+    def _make_folder(self, run: str) -> None:
+        name = f"{PREFIX}{run}-{os.getpid()}-{secrets.token_hex(4)}"
+        # Locked first and named afterwards: nobody sees the folder under its name without the lock.
+        unnamed = self._directory / f".{name}"
+        unnamed.mkdir(mode=0o700)
+        lock = os.open(unnamed / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        self._folder = unnamed.rename(self._directory / name)
+        self._finalizer = weakref.finalize(self, _remove, self._folder, lock, os.getpid())
+
+    def _room(self, manifest: Manifest, number: int) -> Tensor:
+        if number == 0:
+            self.release()
+        if not self._keep_all and number >= 2:
+            self._await(manifest, number - 2)
+            (self._folder / _file_name(manifest.serial, number - 2)).unlink()
+        size = wire_bytes(manifest.buckets[number], manifest.checksums)
+        path = self._folder / _file_name(manifest.serial, number)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            if bucket.nbytes:
-                self._reserve(descriptor, bucket.nbytes)
-                # The mapping goes with the last tensor that looks into it.
-                bucket.write(torch.frombuffer(mmap.mmap(descriptor, bucket.nbytes), dtype=torch.uint8))
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+            if not size:
+                return torch.empty(0, dtype=torch.uint8)
+            self._reserve(descriptor, size)
+            # The mapping goes with the last tensor that looks into it.
+            return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
         finally:
             os.close(descriptor)
-        return FileHandle(str(path), bucket.entries, bucket.nbytes)
 
-    def get(self, handle: FileHandle) -> Bucket:
-        try:
-            with open(handle.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != handle.nbytes:
-                    raise RunFailed(
-                        f"the weight bucket {handle.path} has {size} bytes where {handle.nbytes} were published"
-                    )
-                if not size:
-                    return Bucket.read(handle.entries, torch.empty(0, dtype=torch.uint8))
-                # Copy-on-write, so that not even a stray write can reach the other engines' weights.
-                mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        except FileNotFoundError as error:
-            raise RunFailed(
-                f"the weight bucket {handle.path} is not there: the trainer's process has ended or has released it, "
-                "or it runs on another machine (then rollout.weight_transport must be object_store)"
-            ) from error
-        return Bucket.read(handle.entries, torch.frombuffer(mapped, dtype=torch.uint8))
+    def _await(self, manifest: Manifest, number: int) -> None:
+        self.control.wait_receivers(manifest.serial, number + 1, f"did not take {manifest.place(number)}")
 
-    def release(self, handle: FileHandle) -> None:
-        Path(handle.path).unlink(missing_ok=True)
+    def _hand_over(self, manifest: Manifest, number: int, buffer: Tensor) -> None:
+        self.control.report(manifest.serial, number + 1)
+
+    def _finish(self, manifest: Manifest) -> None:
+        if self._keep_all:
+            return
+        for number in range(max(0, len(manifest.buckets) - 2), len(manifest.buckets)):
+            self._await(manifest, number)
+        self.release()
+
+    def release(self) -> None:
+        """Remove all buckets. Who has mapped one keeps it until he lets go of it."""
+        for path in self._folder.glob("*.bucket"):
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        if self._finalizer is not None:
-            self._finalizer()
-            self._folder = self._finalizer = None
-
-    def _own_folder(self) -> Path:
-        if self._folder is None:
-            name = f"{PREFIX}{self._run}-{os.getpid()}-{secrets.token_hex(4)}"
-            # Locked first and named afterwards: nobody sees the folder under its name without the lock.
-            unnamed = self._directory / f".{name}"
-            unnamed.mkdir(mode=0o700)
-            lock = os.open(unnamed / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self._folder = unnamed.rename(self._directory / name)
-            self._finalizer = weakref.finalize(self, _remove, self._folder, lock, os.getpid())
-        return self._folder
+        self.control.close()
+        self._finalizer()
 
     def _reserve(self, descriptor: int, size: int) -> None:
         """Room for ``size`` bytes, now: a write into a full memory file system would kill the process (SIGBUS)."""
@@ -157,8 +156,47 @@ class SharedMemory:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG):
                 raise
+            at_once = "a whole set of weights lies" if self._keep_all else "two buckets lie"
             raise RunFailed(
                 f"{self._directory} has {free / 2**20:.1f} MiB free where the next weight bucket needs "
-                f"{size / 2**20:.1f} MiB (a whole set of weights lies there at once). Make it larger (Docker: "
-                "--shm-size), or set rollout.weight_transport=object_store."
+                f"{size / 2**20:.1f} MiB ({at_once} there at once). Make it larger (Docker: --shm-size), take a smaller "
+                "rollout.weight_bucket_mib, or set rollout.weight_transport=gloo."
+            ) from error
+
+
+class SharedMemoryReceiver(Receiver):
+    """Reads the sender's files, without a copy."""
+
+    def connect(self) -> None:
+        super().connect()
+        self._folder = Path(self.control.get(FOLDER_KEY).decode())
+        if not self._folder.is_dir():
+            raise RunFailed(
+                f"{self.name} does not see {self._folder}, where the policy lays its weights out: it runs on another machine "
+                "or has another /dev/shm; then rollout.weight_transport must be gloo, nccl or auto"
+            )
+
+    def _buffers(self, manifest: Manifest) -> Generator[Tensor]:
+        self.control.report(manifest.serial, 0)
+        for number in range(len(manifest.buckets)):
+            self.control.wait_sender(manifest.serial, number + 1, manifest.place(number))
+            yield self._map(manifest, number)
+            self.control.report(manifest.serial, number + 1)
+
+    def _map(self, manifest: Manifest, number: int) -> Tensor:
+        expected = wire_bytes(manifest.buckets[number], manifest.checksums)
+        path = self._folder / _file_name(manifest.serial, number)
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected:
+                    raise RunFailed(f"the weight bucket {path} has {size} bytes where {expected} were sent")
+                if not size:
+                    return torch.empty(0, dtype=torch.uint8)
+                # Copy-on-write, so that not even a stray write can reach the other engines' weights.
+                return torch.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        except FileNotFoundError as error:
+            raise RunFailed(
+                f"{manifest.place(number)} of version {manifest.version} is not in {self._folder}: the policy has sent it "
+                "already, or has removed it"
             ) from error

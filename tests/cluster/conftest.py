@@ -1,4 +1,4 @@
-"""One Ray for all tests of this folder."""
+"""One Ray for all tests of a file: other files need a cluster of several nodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toy_setup import SETTINGS  # noqa: E402
 from rayrlhf.cluster.session import ray_session  # noqa: E402
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray():
     with ray_session(SETTINGS):
         yield

@@ -90,6 +90,17 @@ def test_spec_is_checked():
         start_groups([RoleSpec("a", "toy_roles:Nobody")], executor="inline", settings=SETTINGS)
 
 
+def test_roles_with_gpus_share_the_one_of_this_process():
+    specs = [toy("policy", gpus=1), toy("rollout", gpus=1), toy("reward")]
+    with start_groups(specs, executor="inline", settings=SETTINGS) as groups:
+        assert [seat.gpus for seat in groups.placement.seats] == [(0,), (0,)]
+        assert groups.placement.sharing("policy") == {"rollout"}
+    with start_groups([toy("reward")], executor="inline", settings=SETTINGS) as groups:
+        assert groups.placement is None
+    with pytest.raises(InputRefused, match="rollout: 2 GPUs for one process"):
+        start_groups([toy("rollout", gpus=2)], executor="inline", settings=SETTINGS)
+
+
 def test_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert thread_count(ClusterConfig(threads=3)) == 3

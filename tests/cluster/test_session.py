@@ -16,11 +16,11 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, Ra
 from toy_setup import HERE
 
 from rayrlhf.cluster import columns, ray_group, session
+from rayrlhf.cluster.nodes import ASK_SECONDS, Node, NodeWatch, unanswering
 from rayrlhf.cluster.ray_logs import cause_of_death, read_tail
-from rayrlhf.cluster.ray_start import check_gpus, fits
+from rayrlhf.cluster.ray_process import interface_of
 from rayrlhf.cluster.session import check_address, is_private, ray_session, resolve_address
-from rayrlhf.cluster.spec import RoleSpec
-from rayrlhf.config.base import ClusterConfig
+from rayrlhf.config.base import ClusterConfig, NodeConfig
 from rayrlhf.errors import InputRefused
 
 DRIVER = """
@@ -106,29 +106,34 @@ def test_addresses(tmp_path):
         resolve_address("auto", {"RAY_ADDRESS": "http://head:8265"})
 
 
-@pytest.mark.parametrize(
-    "wanted, gpus, answer",
-    [
-        ([1, 1], [2], True),
-        ([1, 1, 1], [2], False),
-        ([0.5, 0.5, 1], [2], True),
-        ([0.6, 0.6, 0.6], [2], False),  # 1.8 GPUs in all, and no two on one
-        ([0.4, 0.4, 0.4, 0.4], [1, 1], True),
-        ([2, 2], [3, 1], False),
-        ([2, 1, 1], [2, 2], True),
-        ([1, 2], [1, 2], True),
-        ([0, 0], [], True),
-        ([8] * 2 + [0.5] * 16, [8, 8, 8], True),
-    ],
-)
-def test_room_on_gpus(wanted, gpus, answer):
-    assert fits(wanted, gpus) is answer
+def test_a_machine_of_the_configuration_lends_its_gpus_in_name_to_a_cpu():
+    assert session._stand_ins(ClusterConfig()) == 0
+    assert session._stand_ins(ClusterConfig(nodes=[NodeConfig(gpus=4), NodeConfig(gpus=8)])) == 4
 
 
-def test_refusal_says_what_is_asked_and_what_is_there():
-    specs = [RoleSpec("policy", "m:C", ranks=2, gpus_per_rank=1), RoleSpec("rollout", "m:C", gpus_per_rank=4)]
-    with pytest.raises(InputRefused, match=r"6 GPUs \(policy 2 x 1, rollout 1 x 4\).* has 5 \(3 \+ 2 on its nodes\)"):
-        check_gpus(specs, [3, 2])
+@pytest.mark.parametrize("address", ["127.0.0.1", "192.0.2.250"])
+def test_the_interface_of_an_address(address):
+    assert interface_of(address) == ("lo" if address == "127.0.0.1" else None)
+
+
+def test_nodes_that_do_not_answer():
+    def node(number: int, port: int, address: str = "127.0.0.1") -> Node:
+        return Node(f"id-{number}", f"node {number}", address, port, 1, 1.0)
+
+    with socket.socket() as answers, socket.socket() as unused:
+        answers.bind(("127.0.0.1", 0))
+        answers.listen()
+        unused.bind(("127.0.0.1", 0))
+        port, other = answers.getsockname()[1], unused.getsockname()[1]
+        assert unanswering([node(0, port), node(1, other), node(2, port)]) == {"id-1"}
+        assert unanswering([]) == set()
+        watch = NodeWatch([node(0, port), node(1, other)])
+        assert watch.lost() is None  # not yet time to ask
+        begin = time.monotonic()
+        while (lost := watch.lost()) is None:
+            assert time.monotonic() - begin < 9
+            time.sleep(0.05)
+        assert lost.id == "id-1" and time.monotonic() - begin > ASK_SECONDS  # one silence alone is forgiven
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from rayrlhf.batch import Batch
 
+VISIBLE_AT_IMPORT = os.environ.get("CUDA_VISIBLE_DEVICES")
+
 
 def touch(path: str) -> None:
     if path:
@@ -78,6 +80,14 @@ class Toy:
             "toy": os.environ.get("TOY_VARIABLE"),
             "device": self.world.device,
         }
+
+    def seat(self) -> dict:
+        """Where this process is, and the GPUs that it sees, and saw when this module was imported."""
+        import ray
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        node = ray.get_runtime_context().get_node_id()
+        return {"rank": self.world.rank, "node": node, "visible": visible, "at_import": VISIBLE_AT_IMPORT}
 
     def total(self, batch: Batch) -> int:
         return int(batch["tokens"].sum()) + self.world.rank
@@ -147,6 +157,29 @@ class Meeting:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise FloatingPointError("loss is nan")
         dist.all_reduce(torch.ones(1))
+
+
+class Absent:
+    """Ranks of a process group of which one never comes, so that the others wait for it in their constructors."""
+
+    def __init__(self, *, world, how: str, mark: str):
+        self.world = world
+        if world.rank == world.size - 1:
+            while not os.path.exists(f"{mark}.waiting"):
+                time.sleep(0.02)
+            time.sleep(0.3)
+            touch(mark)
+            if how == "raise":
+                raise FileNotFoundError("no weights in /nowhere/model")
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "exit":
+                os._exit(7)
+            time.sleep(300)
+        touch(f"{mark}.waiting")
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://{world.master_addr}:{world.master_port}", rank=world.rank, world_size=world.size
+        )
 
 
 class Closing:

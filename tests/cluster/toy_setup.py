@@ -14,9 +14,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SETTINGS = ClusterConfig(threads=1, start_timeout_s=120, call_timeout_s=60)
 
 
-def toy(name: str, ranks: int = 1, role: str = "Toy", **kwargs) -> RoleSpec:
+def toy(name: str, ranks: int = 1, role: str = "Toy", gpus: int = 0, **kwargs) -> RoleSpec:
     env = {"TOY_VARIABLE": name, "PYTHONPATH": os.pathsep.join([HERE, os.path.dirname(os.path.dirname(HERE))])}
-    return RoleSpec(name, f"toy_roles:{role}", kwargs, ranks, env)
+    return RoleSpec(name, f"toy_roles:{role}", kwargs, ranks, env, gpus)
 
 
 def running(pid: int) -> bool:

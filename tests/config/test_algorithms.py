@@ -200,7 +200,7 @@ def test_configurations_load(path):
 def test_loading_stays_light(tmp_path, bases, algorithm):
     (tmp_path / "c.yaml").write_text(bases[algorithm])
     code = (
-        "import sys, rayrlhf.config as c; c.plan_rows(c.load_config(sys.argv[1]), 100);"
+        "import sys, rayrlhf.config as c, rayrlhf.planning.rows as r; r.plan_rows(c.load_config(sys.argv[1]), 100);"
         "heavy = {'torch', 'ray', 'vllm', 'transformers', 'numpy', 'datasets', 'deepspeed'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rayrlhf.config.derive import derive, derive_offline
-from rayrlhf.config.plan import plan_rows
+from rayrlhf.planning.rows import plan_rows
 
 
 def test_numbers_of_a_cluster(load):

@@ -282,7 +282,7 @@ def test_every_key_refuses_what_pydantic_refuses_in_plain_words(refused, bases, 
     leaves = [field for field in all_fields(ROOTS[algorithm]).values() if field.section is None]
     odd = {"-3": -3, "0": 0, "7.5": 7.5, "1000000": 1000000, "xyz": "xyz", "[1, 2]": [1, 2], "{a: 1}": {"a": 1}}
     for written, value in odd.items():
-        problems = refused(*[f"{field.key}={written}" for field in leaves], text=text)
+        problems = refused("cluster.nodes=[{}]", *[f"{field.key}={written}" for field in leaves], text=text)
         told = {problem.split(": ")[1] for problem in problems}
         for field in leaves:
             key_told = any(name == field.key or name.startswith(field.key + ".") for name in told)
@@ -341,8 +341,8 @@ def test_importing_and_loading_stay_light(tmp_path):
     """Neither torch nor Ray nor vLLM (nor numpy) is imported, not even by loading a configuration."""
     (tmp_path / "c.yaml").write_text(BASE)
     code = (
-        "import sys, rayrlhf.config as c; assert 'pydantic' not in sys.modules;"
-        " c.plan_rows(c.load_config(sys.argv[1]));"
+        "import sys, rayrlhf.config as c; assert 'pydantic' not in sys.modules; import rayrlhf.planning.rows as r;"
+        " r.plan_rows(c.load_config(sys.argv[1]));"
         "heavy = {'torch', 'ray', 'vllm', 'transformers', 'numpy', 'datasets', 'deepspeed'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -29,6 +29,7 @@ CASES = [
     ("templates_are_applied", ["data.chat_template=never", "models.1.chat_template=t.jinja"], "models.1.chat_template", "legal: null", ["data.chat_template=auto"]),
     ("measuring_attention_runs", ["measure.attention=flash_attention_2"], "measure.attention", "cluster.device cpu", ["cluster.device=cuda"]),
     ("measuring_attention_runs", ["scores.attention=flash_attention_2", "cluster.device=cuda"], "scores.attention", "scores.dtype float32", ["scores.dtype=bfloat16"]),
+    ("measuring_varlen_has_a_kernel", ["scores.attention=varlen", "cluster.device=cuda"], "scores.attention", "with scores.dtype float32", ["cluster.device=cpu"]),
     ("measuring_packs_apart", ["measure.packing=true", "measure.attention=eager"], "measure.packing", "sdpa", ["measure.packing=false"]),
     ("longest_response_is_measured", ["measure.tokens_per_micro_batch=127"], "measure.tokens_per_micro_batch", "at least 128", ["measure.tokens_per_micro_batch=128"]),
     # rules that others have too
@@ -38,6 +39,12 @@ CASES = [
     ("files_have_no_splits", ["data.split=test"], "data.split", "has no splits", ["data.prompts=org/name"]),
     ("inline_is_one_process", ["cluster.executor=inline", "measure.ranks=2"], "measure.ranks", "legal: 1", ["cluster.executor=ray"]),
     ("inline_has_no_ray", ["cluster.executor=inline", "cluster.address=auto"], "cluster.address", "no Ray", ["cluster.address=null"]),
+    ("placement_names_roles", ["cluster.placement=[[model, scores]]"], "cluster.placement.0", "found 'scores', which needs no GPU", ["scores.reward={model: rm}"]),
+    ("placement_names_roles", ["cluster.placement=[[model, policy]]"], "cluster.placement.0", "legal: rollout, model, reference", ["cluster.placement=[[model, reference]]"]),
+    ("inline_shares_everything", ["cluster.executor=inline", "cluster.placement=disaggregated"], "cluster.placement", "legal: colocated", ["cluster.executor=ray"]),
+    ("vllm_spreads_weights", ["rollout.tensor_parallel=2", "rollout.engine=transformers"], "rollout.tensor_parallel", "one process", ["rollout.engine=vllm"]),
+    ("offloaded_parameters_are_spread", ["measure.offload_parameters=cpu"], "measure.offload_parameters", "zero_stage 3", ["measure.zero_stage=3"]),
+    ("offloaded_parameters_are_spread", ["scores.offload_parameters=cpu"], "scores.offload_parameters", "zero_stage 3", ["scores.zero_stage=3"]),
     ("cache_is_vllms", ["rollout.engine=transformers", "rollout.kv_cache_gib=1"], "rollout.kv_cache_gib", "legal: null", ["rollout.engine=vllm"]),
 ]  # fmt: skip
 

@@ -33,6 +33,10 @@ CASES = [
     ("sampling", "inline_is_one_process", ["cluster.executor=inline", "reward.ranks=2"], "reward.ranks", "legal: 1", ["cluster.executor=ray"]),
     ("critique", "inline_is_one_process", ["cluster.executor=inline", "rollout.engines=2"], "rollout.engines", "legal: 1", ["rollout.engines=1"]),
     ("critique", "inline_has_no_ray", ["cluster.executor=inline", "cluster.address=auto"], "cluster.address", "no Ray", ["cluster.address=null"]),
+    ("sampling", "placement_names_roles", ["cluster.placement=[[policy, rollout]]"], "cluster.placement.0", "legal: rollout", ["cluster.placement=colocated"]),
+    ("critique", "inline_shares_everything", ["cluster.executor=inline", "cluster.placement=disaggregated"], "cluster.placement", "legal: colocated", ["cluster.executor=ray"]),
+    ("critique", "vllm_spreads_weights", ["rollout.tensor_parallel=2", "cluster.executor=inline"], "rollout.tensor_parallel", "the executor ray", ["cluster.executor=ray"]),
+    ("sampling", "offloaded_parameters_are_spread", ["reward.offload_parameters=cpu"], "reward.offload_parameters", "zero_stage 3", ["reward.zero_stage=3"]),
     ("sampling", "cache_is_vllms", ["rollout.engine=transformers", "rollout.kv_cache_gib=1"], "rollout.kv_cache_gib", "legal: null", ["rollout.engine=vllm"]),
 ]  # fmt: skip
 

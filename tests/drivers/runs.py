@@ -65,6 +65,9 @@ class TinyWorld:
         return subprocess.run(line, capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment, **kwargs)
 
 
+CLOCK = ("tokens_per_s", "sync/seconds", "sync/gb_per_s")
+
+
 class Finished:
     """What a run left behind."""
 
@@ -80,9 +83,12 @@ class Finished:
     def numbers(self) -> list[dict[str, Any]]:
         """The rows without what a clock says."""
         return [
-            {k: v for k, v in row.items() if not k.startswith("timing/") and k != "tokens_per_s"}
-            for row in self.metrics
+            {k: v for k, v in row.items() if not k.startswith("timing/") and k not in CLOCK} for row in self.metrics
         ]
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "samples.jsonl").read_text().splitlines()]
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:

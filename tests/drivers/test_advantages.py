@@ -18,7 +18,8 @@ from rayrlhf.drivers.advantages import (
     scores_to_learn_from,
     variety,
 )
-from rayrlhf.drivers.experience import deal, prompt_batch
+from rayrlhf.drivers.dispatch import deal
+from rayrlhf.drivers.experience import prompt_batch
 from rayrlhf.drivers.minibatches import minibatch_schedule
 from rayrlhf.errors import RunFailed
 

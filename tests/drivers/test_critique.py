@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 
 from rayrlhf.batch import Batch
+from rayrlhf.cluster import Groups
 from rayrlhf.config import CritiqueConfig, load_config
 from rayrlhf.data.principles import CRITIQUE_PROMPT, REVISE_PROMPT, filled, parse_critique, read_principles
 from rayrlhf.drivers import critique
@@ -182,9 +183,9 @@ def run(config: CritiqueConfig, monkeypatch: Any = None, says: Says | None = Non
         group = Scripted(AutoTokenizer.from_pretrained(config.policy.path), says)
 
         @contextmanager
-        def scripted(config: Any, specs: Any) -> Iterator[dict[str, Any]]:
+        def scripted(config: Any, specs: Any) -> Iterator[Groups]:
             assert [spec.name for spec in specs] == ["rollout"]
-            yield {"rollout": group}
+            yield Groups({"rollout": group})
 
         monkeypatch.setattr(critique, "started", scripted)
     console = Console(file=io.StringIO(), width=160)

@@ -32,7 +32,7 @@ def inline(world: TinyWorld) -> Finished:
 
 
 def test_ray_and_inline_are_the_same_run(world: TinyWorld, inline: Finished, ray_once):
-    on_ray = world.train("on-ray", RAY, "ppo.steps=2", "rollout.weight_transport=object_store")
+    on_ray = world.train("on-ray", RAY, "ppo.steps=2", "rollout.weight_transport=gloo")
     assert on_ray.numbers == inline.numbers
     assert on_ray.evaluations == inline.evaluations
     assert on_ray.same_weights(inline)
@@ -42,7 +42,7 @@ def test_two_ranks_and_two_engines_train_as_one(world: TinyWorld, ray_once):
     one = world.train("one-rank", "ppo.steps=1")
     two = world.train(
         "two-ranks", RAY, "ppo.steps=1", "policy.ranks=2", "critic.ranks=2", "reference.ranks=2", "rollout.engines=2",
-        "policy.zero_stage=3", "critic.zero_stage=2",
+        "policy.zero_stage=3", "critic.zero_stage=2", "rollout.assignment=least_loaded",
     )  # fmt: skip
     mine, theirs = two.numbers[0], one.numbers[0]
     for name in (

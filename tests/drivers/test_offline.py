@@ -16,6 +16,7 @@ from rayrlhf.batch import Batch
 from rayrlhf.cluster.session import ray_session
 from rayrlhf.config import ClusterConfig
 from rayrlhf.config.offline import DPOConfig
+from rayrlhf.drivers import preference_validation
 from rayrlhf.drivers import sft as sft_loop
 from rayrlhf.drivers.offline import OfflineRun
 from rayrlhf.drivers.preference_validation import of_labelled
@@ -422,6 +423,23 @@ def test_a_kl_that_is_not_finite_is_beyond_the_bound(world: OfflineWorld, monkey
     assert all(row["non_finite"] == {"kl_per_token": "nan"} for row in rows)
     page = (world.folder / "not-finite" / "report.html").read_text()
     assert "quality gate" in page and "KL nan" in page, "a run that failed has its report too"
+
+
+@pytest.mark.parametrize("how, after_the_first", [("start", False), ("always", True)])
+def test_the_engines_weights_are_verified_as_configured(
+    world: OfflineWorld, monkeypatch: pytest.MonkeyPatch, how: str, after_the_first: bool
+) -> None:
+    told, transfer = [], preference_validation.transfer_weights
+
+    def noting(policy, rollout, version, verify):
+        told.append(verify)
+        return transfer(policy, rollout, version, verify)
+
+    monkeypatch.setattr(preference_validation, "transfer_weights", noting)
+    settings = {"training": {"epochs": 1, "validate_every_steps": 3}}
+    done = world.train(f"verify-{how}", "dpo", settings, f"rollout.verify_weights={how}")
+    assert len(told) == len(done.evaluations) > 1
+    assert told[0] and set(told[1:]) == {after_the_first}
 
 
 def test_a_kl_that_is_not_measured_is_null_and_no_gate(world: OfflineWorld) -> None:

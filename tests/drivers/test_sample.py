@@ -246,7 +246,7 @@ def test_a_process_that_is_killed_leaves_nothing_in_the_way(world: TinyWorld, be
     assert "config.yaml.partial" in left and "config.yaml" not in left
     assert ("data.jsonl" in left) == (before == "/config.yaml")
     # An attempt that fails leaves nothing of the one before either,
-    monkeypatch.setattr("rayrlhf.drivers.sample.sampled", lambda *_: (_ for _ in ()).throw(RunFailed("lost")))
+    monkeypatch.setattr("rayrlhf.drivers.sample.Sampler", lambda *_: (_ for _ in ()).throw(RunFailed("lost")))
     with pytest.raises(RunFailed, match="lost"):
         sample(world, name, "data.limit=2")
     assert {path.name for path in folder.iterdir()} == {"log.txt"}

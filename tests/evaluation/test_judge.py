@@ -70,7 +70,7 @@ def test_places_inside_texts_stay_as_they_are():
         (Reply({"error": {"message": "bad key sk-very-secret"}}, 401), r"HTTP 401.*the token.*bad key \*\*\*"),
         (Reply({}, 429, Retry_After="0"), "HTTP 429"),
         (Reply({}, 500), "HTTP 500"),
-        (Reply(how="hang"), "no answer within 0.2 s"),
+        (Reply(how="hang"), "no answer within 0.8 s"),
         (Reply(how="drop"), "disconnected"),
         (Reply(raw=b"<html>502</html>"), "no JSON"),
         (Reply({"choices": []}), r"without choices\[0\].message.content"),
@@ -88,7 +88,7 @@ def test_after_the_last_attempt_samples_are_kept_and_marked(reply, cause, monkey
         return reply if shown(payload)[0] == "bad" else longer_wins(payload, headers)
 
     with Misbehaving(answer) as server:
-        judge = OpenAIJudge(server.url, "j", token_env="JUDGE_TOKEN", timeout_s=0.2, retries=2)
+        judge = OpenAIJudge(server.url, "j", token_env="JUDGE_TOKEN", timeout_s=0.8, retries=2)
         found = judge.compare(["good", "bad", "fine"], ["aa", "a", "a"], ["b", "b", "bb"])
         asked = [shown(r)[0] for r in server.requests]
     assert found.first == ["a", None, "b"] and found.second == ["a", None, "b"]

@@ -140,9 +140,6 @@ def test_a_critic_with_adapters(llama: Path, scorer: Path, tmp_path: Path) -> No
     role.update(batch, parts_of(ALL) * 2, 1)
     moved = {n for n, w in weights_of(role).items() if not torch.equal(w, before[n])}
     assert moved == {n for n in before if "lora_" in n or n.startswith("head.")}
-    sizes = role.describe()
-    assert sizes["trained"] == sum(before[n].numel() for n in moved)
-    assert sizes["parameters"] == sum(w.numel() for w in before.values())
 
 
 @pytest.mark.parametrize(("stage", "size"), [(2, 1), (3, 1), (3, 2)])

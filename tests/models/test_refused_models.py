@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, Gemma2Config
 
 from rayrlhf.config.trainers import ModelConfig
 from rayrlhf.errors import InputRefused
-from rayrlhf.models.loading import load_causal_lm, load_reward_model
+from rayrlhf.models.loading import _refuse_bidirectional, check_output_head, load_causal_lm, load_reward_model
 
 
 def test_a_bidirectional_reward_model(tmp_path: Path) -> None:
@@ -40,3 +41,23 @@ def test_a_soft_cap_that_the_attention_leaves_out(tmp_path: Path, cap: float | N
         return
     with pytest.raises(InputRefused, match="caps its attention logits at 50, which the attention sdpa leaves out"):
         load_causal_lm(str(tmp_path), settings, dtype=torch.float32)
+
+
+def test_trials_on_a_cpu_need_no_flash_attention(llama: Path, scorer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are read on a CPU and tried there, also those that will run with flash attention, which needs a GPU."""
+    lm = load_causal_lm(str(llama), ModelConfig(), dtype=torch.float32)
+    backbone = load_reward_model(str(scorer), ModelConfig(), dtype=torch.float32).backbone
+    for model, trial in ((lm, check_output_head), (backbone, lambda b: _refuse_bidirectional("x", b))):
+        asked: list[str] = []
+
+        # Without the check whether it is installed, which it isn't on a machine without a GPU.
+        def choose(name: str, config: Any = model.config, asked: list[str] = asked) -> None:
+            asked.append(name)
+            config._attn_implementation = name
+
+        monkeypatch.setattr(model, "set_attn_implementation", choose)
+        choose("flash_attention_2")
+        with pytest.raises((ImportError, TypeError)):
+            model(input_ids=torch.tensor([[1, 2]]))
+        trial(model)
+        assert asked == ["flash_attention_2", "sdpa", "flash_attention_2"]

@@ -235,7 +235,7 @@ def test_a_weighted_sum_of_several_sources(llama: Path, scorer: Path, tmp_path: 
 def test_a_score_that_is_not_finite(llama: Path, scorer: Path, tmp_path: Path) -> None:
     role = scorer_role(llama, tmp_path, [{"model": str(scorer)}])
     with torch.no_grad():
-        role.sources[0][1].model.head.weight[0, 0] = math.nan  # type: ignore[attr-defined]
+        role.sources[0][1].frozen.model.head.weight[0, 0] = math.nan  # type: ignore[attr-defined]
     with pytest.raises(RunFailed, match="gave a score that is not finite"):
         role.score(samples())
 

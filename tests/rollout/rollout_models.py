@@ -9,7 +9,18 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from rayrlhf.batch import Batch
 from rayrlhf.models.world import World
@@ -17,6 +28,19 @@ from rayrlhf.models.world import World
 SPECIAL = ["<pad>", "<eos>", "<end>"]
 EOS_OF_GENERATION = list(range(40, 50))
 """EOS tokens that only generation_config.json names."""
+KINDS: dict[str, tuple[type, dict[str, object]]] = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 32}),
+    "mistral": (MistralConfig, {"head_dim": 32, "sliding_window": None}),
+    "gemma2": (Gemma2Config, {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32},
+    ),
+}
+"""Configuration of each family of models, and what it has beside what all have."""
 CPU = World(0, 1, "127.0.0.1", 0, "cpu", 2)
 
 
@@ -34,7 +58,8 @@ def make_tokenizer(path: Path, characters: list[str]) -> None:
 def make_model(path: Path, *, kind: str = "llama", tied: bool = False, characters: list[str] | None = None) -> Path:
     """A model of two layers, 2 query heads and 1 key-value head, with a vocabulary that is no multiple of 64."""
     characters = characters or sorted(pre_tokenizers.ByteLevel.alphabet())
-    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](
+    made, own = KINDS[kind]
+    config = made(
         vocab_size=len(SPECIAL) + len(characters) + (1 if len(characters) > 20 else 0),
         hidden_size=64,
         num_hidden_layers=2,
@@ -47,6 +72,7 @@ def make_model(path: Path, *, kind: str = "llama", tied: bool = False, character
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
+        **own,
     )
     new_weights(config, seed=0).save_pretrained(path)
     make_tokenizer(path, characters)
@@ -61,7 +87,8 @@ def new_weights(config: object, seed: int) -> torch.nn.Module:
         config = AutoConfig.from_pretrained(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # "eager" is the only attention that keeps Gemma 2's soft caps.
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

@@ -41,7 +41,7 @@ def start_vllm():
     random.seed(1); numpy.random.seed(2); torch.manual_seed(3)
     state = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     engine = RolloutEngine(models.CPU, model_path=path, config=RolloutConfig(max_num_seqs=4, max_response_tokens=8),
-                           dtype="float32", max_model_tokens=64, transport_name="shared_memory")
+                           dtype="float32", max_model_tokens=64)
     assert len(Batch.concat(list(engine.generate(models.prompts([4, 5]))))) == 2
     assert state == (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert torch.get_num_threads() == 2, torch.get_num_threads()

@@ -29,7 +29,6 @@ def build(engine: str, path: Path, **settings: object) -> RolloutEngine:
         config=config,
         dtype="float32",
         max_model_tokens=200,
-        transport_name="shared_memory",
     )
 
 

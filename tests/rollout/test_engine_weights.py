@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,47 +12,81 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayrlhf.actors.rollout import RolloutEngine
+from rayrlhf.actors.rollout_parts import Comparison
 from rayrlhf.batch import Batch
-from rayrlhf.cluster.session import ray_session
-from rayrlhf.config import ClusterConfig, RolloutConfig
+from rayrlhf.config import RolloutConfig
 from rayrlhf.errors import InputRefused, RunFailed
-from rayrlhf.weights import Manifest, SharedMemory, Transport, make_transport, publish, release
+from rayrlhf.models.export import named_weights
+from rayrlhf.weights import Manifest, checksum, open_sender, plan_buckets
 
 CASES = [("vllm", "untied"), ("vllm", "tied"), ("transformers", "untied"), ("transformers", "tied")]
+
+
+class Trainer:
+    """What sends: a model's parameters, laid out for one engine in this very thread."""
+
+    def __init__(self, dtype: str = "float32", receivers: int = 1, per_engine: int = 1):
+        self.dtype, self.serial, self.version = dtype, 0, 0
+        self.sender = open_sender(
+            "shared_memory",
+            run="trainer",
+            receivers=receivers,
+            version=1,
+            device="cpu",
+            timeout_s=20,
+            per_engine=per_engine,
+            keep_all=True,
+        )
+
+    def publish(
+        self,
+        weights: torch.nn.Module | Iterable[tuple[str, torch.Tensor]],
+        *,
+        version: int | None = None,
+        bucket_bytes: int = 2**20,
+        checksums: bool = True,
+        **kind: object,
+    ) -> Manifest:
+        """Lay weights out; by default with the next version."""
+        if isinstance(weights, torch.nn.Module):
+            weights = named_weights(weights, zero_stage=0)
+        named = [(name, tensor.detach().clone()) for name, tensor in weights]
+        self.serial += 1
+        if version is None:
+            version = self.version = self.version + 1
+        layout = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in named]
+        buckets = plan_buckets(layout, bucket_bytes=bucket_bytes, dtype=self.dtype)
+        manifest = Manifest(version, self.dtype, buckets, checksums, serial=self.serial, **kind)
+        self.sender.send(manifest, named)
+        return manifest
+
+    def close(self) -> None:
+        self.sender.close()
 
 
 class Case:
     """An engine, and a trainer that publishes to it."""
 
-    def __init__(self, engine: str, path: Path, dtype: str = "float32"):
+    def __init__(self, engine: str, path: Path, dtype: str = "float32", **more: object):
         config = RolloutConfig(engine=engine, max_num_seqs=8, max_response_tokens=12)
         self.kind, self.path, self.dtype = engine, path, dtype
         self.rollout = RolloutEngine(
-            models.CPU,
-            model_path=str(path),
-            config=config,
-            dtype=dtype,
-            max_model_tokens=256,
-            transport_name="shared_memory",
+            models.CPU, model_path=str(path), config=config, dtype=dtype, max_model_tokens=256, **more
         )
-        self.transport: Transport = SharedMemory(run="trainer")
-        self.version = 0
+        self.trainer = Trainer(dtype)
+        self.publish = self.trainer.publish
+        self.rollout.connect_weights(self.trainer.sender.address)
 
-    def publish(self, model: torch.nn.Module, *, bucket_bytes: int = 2**20, checksums: bool = True) -> Manifest:
-        self.version += 1
-        return publish(
-            model.named_parameters(),
-            transport=self.transport,
-            version=self.version,
-            bucket_bytes=bucket_bytes,
-            dtype=self.dtype,
-            with_checksums=checksums,
-        )
+    @property
+    def version(self) -> int:
+        return self.trainer.version
+
+    def close(self) -> None:
+        self.rollout.close()
+        self.trainer.close()
 
     def send(self, model: torch.nn.Module, *, verify: bool = True, **kwargs: int) -> None:
-        manifest = self.publish(model, **kwargs)
-        self.rollout.receive_weights(manifest, verify)
-        release(manifest, self.transport)
+        self.rollout.receive_weights(self.publish(model, **kwargs), verify)
 
     def generate(self, prompts: Batch, **kwargs: object) -> Batch:
         return Batch.concat(list(self.rollout.generate(prompts, **kwargs)))
@@ -62,7 +95,10 @@ class Case:
         """The engine's parameters as it names them itself."""
         if self.kind == "transformers":
             return dict(self.rollout._engine._model.named_parameters(remove_duplicate=False))
-        return self.rollout._engine._on_model(lambda model: dict(model.named_parameters(remove_duplicate=False)))
+        return dict(self.vllm_model().named_parameters(remove_duplicate=False))
+
+    def vllm_model(self) -> torch.nn.Module:
+        return self.rollout._engine._engine.apply_model(lambda model: model)[0]
 
     def expected(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The engine's parameters, made by hand from the trainer's model."""
@@ -95,8 +131,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     engine, model = request.param
     case = Case(engine, request.getfixturevalue(model))
     yield case
-    case.rollout.close()
-    case.transport.close()
+    case.close()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -123,38 +158,29 @@ def test_every_parameter_equals_the_trainers(case: Case, bucket_bytes: int) -> N
     )
     case.rollout.receive_weights(manifest, True)
     case.assert_holds(model)
+    expected = {name: checksum(tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
     sums = case.rollout.weight_checksums()
-    own = publish(
-        [(n, p) for n, p in model.named_parameters(remove_duplicate=False)],
-        transport=case.transport,
-        version=1,
-        bucket_bytes=2**20,
-        dtype="float32",
-        with_checksums=True,
-    )
-    assert sums == own.checksums and "lm_head.weight" in sums
-    for published in (manifest, own):
-        release(published, case.transport)
+    tied = {"lm_head.weight": expected.pop("lm_head.weight")} if case.path.name.startswith("tied") else {}
+    assert sums == expected and tied.items() <= {"lm_head.weight": expected["model.embed_tokens.weight"]}.items()
 
 
 def test_weights_that_the_engine_did_not_take_over_are_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.new_weights(case.path, seed=21)
     case.send(model)
-    engine = case.rollout._engine
-    load = engine.load
+    check = Comparison.check
     fused = case.kind == "vllm"
     name = "model.layers.1.self_attn.qkv_proj.weight" if fused else "model.layers.1.self_attn.k_proj.weight"
+    kept = case.parameters()[name].clone()
 
-    def load_all_but_one(*arguments: object) -> None:
-        kept = case.parameters()[name].clone()
-        load(*arguments)
+    def check_all_but_one(self: Comparison, *arguments: object) -> None:
         part = slice(64, 96) if fused else slice(None)  # 64 rows of queries, then 32 of keys
         case.parameters()[name].data[part] = kept[part]
+        check(self, *arguments)
 
-    monkeypatch.setattr(engine, "load", load_all_but_one)
+    monkeypatch.setattr(Comparison, "check", check_all_but_one)
     newer = models.new_weights(case.path, seed=22)
     with pytest.raises(
-        RunFailed, match=r"other weights than the trainer published: model.layers.1.self_attn.k_proj.weight$"
+        RunFailed, match=r"other weights than the trainer sent: model.layers.1.self_attn.k_proj.weight$"
     ):
         case.send(newer)
     with pytest.raises(RunFailed, match="can't generate: the transfer of weights of version"):
@@ -174,20 +200,22 @@ def test_a_tied_output_layer_that_kept_its_old_weights_is_named(
     model = models.new_weights(case.path, seed=31)
     case.send(model)
     engine = case.rollout._engine
-    holder = engine._model if case.kind == "transformers" else engine._on_model(lambda whole: whole)
-    shared, load = holder.lm_head.weight, engine.load
+    holder = engine._model if case.kind == "transformers" else case.vllm_model()
+    shared, check = holder.lm_head.weight, Comparison.check
     old = torch.nn.Parameter(shared.detach().clone(), requires_grad=False)
 
-    def load_and_part(*arguments: object) -> None:
-        load(*arguments)
+    def part_and_check(self: Comparison, *arguments: object) -> None:
         holder.lm_head.weight = old
+        # vLLM's parameters are looked up once for each transfer.
+        self.parts = type(self.parts)(holder, self._facts)
+        check(self, *arguments)
 
     if apart == "before the transfer":
         holder.lm_head.weight = old
         message = "left parameters of .*model as they were: lm_head.weight$"
     else:
-        monkeypatch.setattr(engine, "load", load_and_part)
-        message = "other weights than the trainer published: lm_head.weight$"
+        monkeypatch.setattr(Comparison, "check", part_and_check)
+        message = "other weights than the trainer sent: lm_head.weight$"
     with pytest.raises(RunFailed, match=message):
         case.send(models.new_weights(case.path, seed=32))
     monkeypatch.undo()
@@ -199,14 +227,14 @@ def test_a_tied_output_layer_that_kept_its_old_weights_is_named(
 def test_a_damaged_bucket_is_named_and_a_whole_one_heals_it(case: Case) -> None:
     model = models.new_weights(case.path, seed=41)
     manifest = case.publish(model)
-    handle = manifest.buckets[0]
-    entry = next(entry for entry in handle.entries if "layers.0.mlp.up_proj" in entry.name)
-    with open(handle.path, "r+b") as file:
-        file.seek(entry.offset + 17)
-        file.write(b"\xff")
-    with pytest.raises(RunFailed, match=r"damaged on their way \(shared_memory\): model.layers.0.mlp.up_proj.weight"):
+    entry = next(entry for entry in manifest.buckets[0] if "layers.0.mlp.up_proj" in entry.name)
+    (file,) = Path("/dev/shm").glob(f"rayrlhf-trainer-*/{manifest.serial}-0.bucket")
+    with open(file, "r+b") as opened:
+        opened.seek(entry.offset + 17)
+        opened.write(b"\xff")
+    damage = r"damaged on their way to rollout rank 0 \(shared_memory, bucket 1 of .*model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(RunFailed, match=damage):
         case.rollout.receive_weights(manifest, True)
-    release(manifest, case.transport)
     with pytest.raises(RunFailed, match="did not finish"):
         case.generate(models.prompts([3]))
     case.send(model)
@@ -219,17 +247,9 @@ def test_weights_of_another_shape_are_refused_and_change_nothing(case: Case) -> 
     version = case.rollout.weight_version
 
     def refusal(named: list[tuple[str, torch.Tensor]]) -> str:
-        manifest = publish(
-            named,
-            transport=case.transport,
-            version=version + 1,
-            bucket_bytes=2**20,
-            dtype="float32",
-            with_checksums=False,
-        )
+        manifest = case.publish(named, version=version + 1, checksums=False)
         with pytest.raises(RunFailed) as caught:
             case.rollout.receive_weights(manifest, False)
-        release(manifest, case.transport)
         return str(caught.value)
 
     named = dict(models.new_weights(case.path, seed=52).named_parameters())
@@ -256,11 +276,10 @@ def test_the_version_only_rises_and_others_are_not_served(case: Case) -> None:
             case.rollout.receive_weights(dataclasses.replace(manifest, version=version), False)
     with pytest.raises(RunFailed, match=f"version {case.version} where version {case.version + 1} is asked for"):
         case.generate(models.prompts([3]), weight_version=case.version + 1)
-    with pytest.raises(RunFailed, match="published as bfloat16; the rollout engine's type is float32"):
+    with pytest.raises(RunFailed, match="are sent as bfloat16; the rollout engine's type is float32"):
         case.rollout.receive_weights(dataclasses.replace(manifest, version=case.version + 1, dtype="bfloat16"), False)
-    with pytest.raises(RunFailed, match="published without checksums"):
-        case.rollout.receive_weights(dataclasses.replace(manifest, version=case.version + 1, checksums=None), True)
-    release(manifest, case.transport)
+    with pytest.raises(RunFailed, match="are sent without checksums"):
+        case.rollout.receive_weights(dataclasses.replace(manifest, version=case.version + 1, checksums=False), True)
 
 
 def test_no_new_weights_while_samples_are_under_way(case: Case) -> None:
@@ -273,7 +292,6 @@ def test_no_new_weights_while_samples_are_under_way(case: Case) -> None:
         case.rollout.sleep()
     stream.close()
     case.rollout.receive_weights(manifest, False)
-    release(manifest, case.transport)
 
 
 def test_the_prefix_cache_is_emptied_once_for_each_set_of_weights(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +326,27 @@ def test_asleep_it_does_nothing_and_after_level_two_it_needs_weights(case: Case)
         case.rollout.sleep(level=3)
 
 
+def test_weights_are_received_before_the_kv_cache_wakes_up(case: Case) -> None:
+    model = models.new_weights(case.path, seed=85)
+    case.rollout.sleep(level=2)
+    case.rollout.wake("kv_cache")
+    with pytest.raises(RunFailed, match="is asleep"):
+        case.send(model)
+    case.rollout.sleep()
+    case.rollout.wake("weights")
+    with pytest.raises(RunFailed, match="asleep: only its weights are awake"):
+        case.generate(models.prompts([5]))
+    case.send(model)
+    with pytest.raises(RunFailed, match="asleep: only its weights are awake"):
+        case.generate(models.prompts([5]))
+    case.rollout.wake("kv_cache")
+    assert models.largest_difference(model, case.generate(models.prompts([5])), 1.0) <= 1e-5
+    case.rollout.wake("weights")  # it is awake
+    case.assert_holds(model)
+    with pytest.raises(ValueError, match="legal ones are weights, kv_cache and all"):
+        case.rollout.wake("cache")  # type: ignore[arg-type]
+
+
 def test_vllm_leaves_threads_and_random_state_alone(untied: Path) -> None:
     """The engines of this module have been built by now; see also the order tests."""
     set_threads = torch.set_num_threads
@@ -327,7 +366,7 @@ def test_no_checksums_before_the_first_weights_and_the_folder_is_version_0(untie
     manifest = case.publish(models.new_weights(untied, 1))
     case.rollout.receive_weights(dataclasses.replace(manifest, version=0), True)  # the first may be version 0 too
     assert case.rollout.weight_version == 0
-    case.transport.close()
+    case.close()
 
 
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
@@ -343,8 +382,7 @@ def test_bfloat16_weights_arrive_bit_for_bit(engine: str, tied: Path) -> None:
     again = models.new_weights(tied, seed=92)
     case.send(again)
     case.assert_holds(again)
-    case.rollout.close()
-    case.transport.close()
+    case.close()
 
 
 def test_kv_cache_on_a_cpu(untied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,39 +402,14 @@ def test_kv_cache_on_a_cpu(untied: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(rollout_vllm, "_free_memory", lambda: 0)
     assert rollout_vllm.kv_cache_bytes(model, settings, "float32", 200) == token * 128 * 3  # one sequence at least
     assert rollout_vllm.kv_cache_bytes(model, RolloutConfig(kv_cache_gib=0.5), "float32", 200) == 2**29
+    # Over two processes: each holds the one key-value head there is; of four heads each would hold two.
+    spread = RolloutConfig(max_num_seqs=3, tensor_parallel=2)
+    monkeypatch.setattr(rollout_vllm, "_free_memory", lambda: 2**40)
+    assert rollout_vllm.kv_cache_bytes(model, spread, "float32", 200) == size
+    model.num_key_value_heads = 4
+    assert rollout_vllm.kv_cache_bytes(model, spread, "float32", 200) == 2 * size
+    given = RolloutConfig(kv_cache_gib=0.5, tensor_parallel=2)
+    assert rollout_vllm.kv_cache_bytes(model, given, "float32", 200) == 2**28
+    model.num_key_value_heads = 1
     with pytest.raises(InputRefused, match="kv_cache_gib is 1e-05; one sequence of 200 tokens needs 0.0002 GiB"):
         rollout_vllm.kv_cache_bytes(model, RolloutConfig(kv_cache_gib=0.00001), "float32", 200)
-
-
-def test_through_rays_object_store_from_another_process(untied: Path, tied: Path) -> None:
-    ray = pytest.importorskip("ray")
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join([root, str(Path(__file__).parent)])
-    with ray_session(ClusterConfig()):  # another test's, where there is one
-
-        @ray.remote(num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}})
-        class Trainer:
-            def publish(self, path: str, seed: int, bucket_bytes: int) -> Manifest:
-                self.transport = make_transport("object_store")
-                return publish(
-                    models.new_weights(path, seed).named_parameters(),
-                    transport=self.transport,
-                    version=seed,
-                    bucket_bytes=bucket_bytes,
-                    dtype="float32",
-                    with_checksums=True,
-                )
-
-        trainer = Trainer.remote()
-        for path in (untied, tied):
-            case = Case("transformers", path)
-            case.rollout._transport = make_transport("object_store")
-            for seed, bucket_bytes in ((1, 1), (2, 10_000), (3, 2**40)):
-                manifest = ray.get(trainer.publish.remote(str(path), seed, bucket_bytes))
-                case.rollout.receive_weights(manifest, True)
-                case.assert_holds(models.new_weights(path, seed))
-            damaged = {**(manifest.checksums or {}), "model.norm.weight": 1}
-            with pytest.raises(RunFailed, match=r"damaged on their way \(object_store\): model.norm.weight$"):
-                case.rollout.receive_weights(dataclasses.replace(manifest, version=4, checksums=damaged), True)
-            case.transport.close()
-        ray.kill(trainer)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from rayrlhf.config.base import JobConfig
 from rayrlhf.config.derive import (
     Derived,
     DerivedOffline,
+    PlanRow,
     derive,
     derive_offline,
     takes,
@@ -19,16 +19,7 @@ from rayrlhf.config.offline import PreferenceConfig, RewardModelConfig, SFTConfi
 from rayrlhf.config.roots import AnyConfig, OfflineConfig, TrainedRoot
 from rayrlhf.config.schema import Config, SamplerConfig
 
-__all__ = ["PlanRow", "plan_rows"]
-
-
-class PlanRow(NamedTuple):
-    """One line of the plan."""
-
-    section: str
-    name: str
-    value: str
-    how: str
+__all__ = ["plan_rows"]
 
 
 def plan_rows(config: JobConfig, examples: int | None = None) -> list[PlanRow]:

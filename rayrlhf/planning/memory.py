@@ -1,0 +1,237 @@
+"""How many bytes a process of each role holds, from the dimensions of its model and its configuration.
+
+What a training engine keeps is that of DeepSpeed as `rayrlhf.models.engine` configures it; tests compare it with real engines.
+P: parameters of the model, T: those of them that are trained, N: data-parallel ranks, b: bytes of a number (2 in bfloat16,
+4 in float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rayrlhf.config.derive import data_ranks
+from rayrlhf.config.trainers import LoraConfig, ModelConfig, TrainedConfig
+from rayrlhf.planning.shapes import Shape, Weight, numel
+
+__all__ = [
+    "CONTEXT",
+    "ENGINE_WORKSPACE",
+    "HOST_PROCESS",
+    "HOST_PROCESS_CPU",
+    "PARTS",
+    "WORKSPACE",
+    "ModelBytes",
+    "engine_bytes",
+    "forward_bytes",
+    "frozen_bytes",
+    "itemsize_of",
+    "trained_bytes",
+    "training_bytes",
+]
+
+GIB = 2**30
+PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers", "kv_cache", "transfer", "other")
+"""What memory is used for, in the order in which it is shown."""
+
+CONTEXT = GIB // 2
+"""Assumed: what each process takes of a GPU by being there (CUDA's context, kernels)."""
+WORKSPACE = GIB // 2
+"""Assumed: what a process that computes takes besides its tensors (cuBLAS, NCCL's buffers, fragments between blocks)."""
+ENGINE_WORKSPACE = 2 * GIB
+"""Assumed: what an engine of vLLM takes besides weights and KV cache (activations of one step, CUDA graphs)."""
+HOST_PROCESS = GIB
+"""Assumed: host memory of each process that works on a GPU, by itself (torch, CUDA's and Python's libraries)."""
+HOST_PROCESS_CPU = 640 * 2**20
+"""Assumed: the same of a process that works on a CPU."""
+
+LIVE = 10**9
+"""Parameters that ZeRO-3 keeps whole for a while: DeepSpeed's stage3_max_live_parameters."""
+PERSISTENT = 10**5
+"""Parameters with fewer numbers stay whole under ZeRO-3: DeepSpeed's stage3_param_persistence_threshold."""
+LEAST_BUCKET = 2**24
+"""Numbers of a reduction bucket, at least, where there are so many."""
+SUB_GROUP = 10**9
+"""Numbers that ZeRO-3's optimizer works on at once: DeepSpeed's sub_group_size."""
+
+
+def itemsize_of(dtype: str) -> int:
+    """Bytes of a number."""
+    return {"float32": 4, "bfloat16": 2}[dtype]
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """What one process holds of a model and its training, in bytes."""
+
+    parameters: int
+    gradients: int = 0
+    """Between the last backward pass and the optimizer's step."""
+    optimizer: int = 0
+    """Master weights and moments."""
+    buffers: int = 0
+    """During forward and backward of training: reduction bucket, parameters and gradients that are whole for a while."""
+    step_buffers: int = 0
+    """During the optimizer's step: a second copy of the gradients."""
+    forward_buffers: int = 0
+    """Parameters that are whole for a while, in forwards."""
+    host: Mapping[str, int] = field(default_factory=dict)
+    """What lives in host memory, by part."""
+    disk: int = 0
+    """What lives on a disk."""
+
+    @property
+    def resident(self) -> int:
+        """What stays on the device between two steps."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+def _whole(weights: Sequence[Weight], itemsize: int) -> int:
+    """Bytes of the parameters that ZeRO-3 has whole at one time: live ones, or the largest where it alone has more numbers,
+    and the small ones that always are."""
+    live = max(min(LIVE, numel(weights)), max(w.numel for w in weights))
+    small = numel(w for w in weights if w.numel < PERSISTENT)
+    return (live + small) * itemsize
+
+
+def _per_rank(weights: Sequence[Weight], tensor_parallel: int) -> list[Weight]:
+    """What a rank has under AutoTP: its share of the layers' linear weights, all else whole."""
+    if tensor_parallel == 1:
+        return list(weights)
+    return [
+        w._replace(shape=(-(-w.shape[0] // tensor_parallel), *w.shape[1:]))
+        if w.linear and "lm_head" not in w.name
+        else w
+        for w in weights
+    ]
+
+
+def trained_bytes(
+    config: TrainedConfig, shape: Shape, *, head: str = "vocabulary", layers: int | None = None
+) -> ModelBytes:
+    """What a rank of a trained model holds (Rajbhandari et al. 2020, section 3).
+
+    - Parameters: b P; with stage 3 b P / N. Adapters (LoRA) are parameters too.
+    - Optimizer: (4 + 4 + 4) T / N: float32 master weights, which DeepSpeed keeps of float32 models as well, and two moments.
+    - Gradients: 4 T / N in float32; stage 1 in bfloat16 keeps 4 T for what is added up and 2 T for the last backward pass.
+      Stage 1 in float32 has them whole until they are reduced. The step makes a copy, with stage 3 of 10^9 numbers at a time.
+    - Reduction bucket, with more than one rank: b times its numbers: those of the largest tensor, at least 2^24, at most T.
+    - Stage 3: up to 10^9 parameters are whole at a time in b bytes each.
+    - Offload: what is in host memory or on a disk isn't on the device; there remains one tensor at a time for gradients, and
+      the host has 4 T / N for gradients beside the optimizer's states.
+
+    Args:
+        head: see `Shape.weights`.
+        layers: see `Shape.weights`.
+    """
+    size, ranks, stage = itemsize_of(config.dtype), data_ranks(config) * config.sequence_parallel, config.zero_stage
+    model = _per_rank(shape.weights(head=head, layers=layers), config.tensor_parallel)
+    trained = _trained_of(config.lora, shape, model, head, layers)
+    everything = model if config.lora is None else [*model, *trained]
+    total, learnt = numel(everything), numel(trained)
+    parameters = size * total // (ranks if stage == 3 else 1)
+    gradients = 6 * learnt if stage == 1 and size == 2 else 4 * learnt // ranks
+    optimizer = 12 * learnt // ranks
+    largest = max(w.numel for w in trained)
+    bucket = size * min(max(largest, LEAST_BUCKET), learnt) if ranks > 1 else 0
+    whole = _whole(everything, size) if stage == 3 and (ranks > 1 or config.offload_parameters != "none") else 0
+    unreduced = 4 * learnt if stage == 1 and size == 4 and ranks > 1 else 0
+    copy = 4 * min(learnt // ranks, SUB_GROUP if stage == 3 else learnt)
+    host: dict[str, int] = {}
+    disk = 0
+    if config.offload_optimizer != "none":
+        host["gradients"] = 4 * learnt // ranks
+        gradients, copy = (6 * learnt if stage == 1 and size == 2 else size * largest), 0
+        if config.offload_optimizer == "cpu":
+            host["optimizer"] = optimizer
+        else:
+            disk += optimizer
+        optimizer = 0
+    if config.offload_parameters != "none":
+        if config.offload_parameters == "cpu":
+            host["parameters"] = parameters
+        else:
+            disk += parameters
+        parameters = 0
+    return ModelBytes(parameters, gradients, optimizer, bucket + whole + unreduced, copy, whole, host, disk)
+
+
+def _trained_of(
+    lora: LoraConfig | None, shape: Shape, model: Sequence[Weight], head: str, layers: int | None
+) -> list[Weight]:
+    if lora is None:
+        return list(model)
+    scalar = [w for w in model if w.name.startswith("head.")]
+    return [*shape.adapters(lora, head=head, layers=layers), *scalar]
+
+
+def frozen_bytes(
+    shape: Shape, dtype: str, ranks: int, *, zero_stage: int = 0, offloaded: bool = False, head: str = "vocabulary"
+) -> ModelBytes:
+    """What a rank of a model holds that nothing trains: b P; with stage 3 b P / N, and live parameters besides."""
+    weights, size = shape.weights(head=head), itemsize_of(dtype)
+    parameters = size * numel(weights) // (ranks if zero_stage == 3 else 1)
+    whole = _whole(weights, size) if zero_stage == 3 and (ranks > 1 or offloaded) else 0
+    if offloaded:
+        return ModelBytes(0, forward_buffers=whole, buffers=whole, host={"parameters": parameters})
+    return ModelBytes(parameters, forward_buffers=whole, buffers=whole)
+
+
+# -- activations ------------------------------------------------------------------------------------------------------
+
+
+def _layer_bytes_per_token(shape: Shape, size: int, tensor_parallel: int) -> int:
+    """Bytes that one layer keeps of one token for its backward pass.
+
+    Counted as Korthikanti et al. 2022 (section 4.1) do, for this architecture: no dropout, and attention that keeps no matrix
+    of weights. Each of the norms: its input in float32 (4 h), the normalised values and the result (2 b h). Attention:
+    queries, keys, values, and the output (b d (2 H + 2 K)). MLP: gate, its activation, up, and their product (4 b I), for each
+    expert that a token visits.
+    """
+    norms = 2 * shape.hidden * (4 + 2 * size)
+    attention = size * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
+    mlp = 4 * size * shape.intermediate * max(1, shape.experts_per_token)
+    return norms + (attention + mlp) // tensor_parallel
+
+
+def training_bytes(
+    config: TrainedConfig, shape: Shape, tokens: int, *, head: str = "vocabulary", layers: int | None = None
+) -> int:
+    """Activations of one micro-batch, at the peak of forward and backward.
+
+    Without checkpointing all layers keep theirs; with it each keeps its input (b h), and one layer at a time all of it.
+    Sequence parallelism leaves a rank its share of the tokens. Log-probabilities have one chunk of logits at a time:
+    (2 b + 8) V bytes a token, in the backward pass (logits and their gradient, log-probabilities and probabilities in float32).
+
+    Args:
+        tokens: of the micro-batch, padding included.
+    """
+    size = itemsize_of(config.dtype)
+    own = -(-tokens // config.sequence_parallel)
+    count = shape.layers if layers is None else min(layers, shape.layers)
+    each = _layer_bytes_per_token(shape, size, config.tensor_parallel)
+    kept = count * size * shape.hidden + each if config.gradient_checkpointing else count * each
+    ends = 2 * shape.hidden * size
+    logits = min(own, config.logits_chunk_tokens) * shape.vocabulary * (2 * size + 8) if head == "vocabulary" else 0
+    return own * (kept + ends) + logits
+
+
+def forward_bytes(
+    config: ModelConfig, shape: Shape, tokens: int, *, head: str = "vocabulary", sequence_parallel: int = 1
+) -> int:
+    """Activations of a forward without gradient: those of one layer, and one chunk of logits ((b + 8) V bytes a token)."""
+    size = itemsize_of(config.dtype)
+    own = -(-tokens // sequence_parallel)
+    chunk = getattr(config, "logits_chunk_tokens", 0) if head == "vocabulary" else 0
+    layer = _layer_bytes_per_token(shape, size, getattr(config, "tensor_parallel", 1))
+    return own * (layer + 2 * shape.hidden * size) + min(own, chunk) * shape.vocabulary * (size + 8)
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+
+
+def engine_bytes(shape: Shape, dtype: str, tensor_parallel: int) -> int:
+    """Weights of an engine on one of its GPUs: b P / t. Norms, which each GPU has whole, are counted whole."""
+    weights, size = shape.weights(), itemsize_of(dtype)
+    vectors = numel(w for w in weights if len(w.shape) == 1)
+    return size * ((numel(weights) - vectors) // tensor_parallel + vectors)

@@ -1,0 +1,199 @@
+"""The models of a run's roles: their dimensions, and what a process of each role holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rayrlhf.config.base import JobConfig
+from rayrlhf.config.derive import derive, derive_offline, roles_of
+from rayrlhf.config.jobs import ModelEvaluationConfig, SamplingConfig
+from rayrlhf.config.schema import Config, ScoreSource
+from rayrlhf.planning.known import HubAwayError, NoSuchFolderError, NotKnownError, NotThereError, shape_of
+from rayrlhf.planning.memory import ModelBytes, forward_bytes, frozen_bytes, trained_bytes, training_bytes
+from rayrlhf.planning.shapes import Shape
+
+__all__ = ["HeldModels", "Known", "RoleModel", "known_models", "longest_sample"]
+
+
+@dataclass(frozen=True)
+class RoleModel:
+    """One model of a role."""
+
+    key: str
+    """Of the configuration, that names it."""
+    path: str
+    shape: Shape
+    head: str = "vocabulary"
+    layers: int | None = None
+
+
+@dataclass
+class Known:
+    """What is known of a run's models."""
+
+    models: dict[str, list[RoleModel]] = field(default_factory=dict)
+    """By role. A role has several where it scores by several."""
+    missing: list[str] = field(default_factory=list)
+    """Messages about models that aren't there."""
+    unknown: list[str] = field(default_factory=list)
+    """Messages about models whose dimensions can't be had, and about those that stand in for others."""
+
+    def one(self, role: str) -> RoleModel | None:
+        """A role's first model."""
+        return next(iter(self.models.get(role, [])), None)
+
+
+def known_models(config: JobConfig, *, online: bool = True) -> Known:
+    """The dimensions of every model of a run.
+
+    A model that is still to be trained (there is no such folder yet) is counted as the first one that is known, the policy's.
+
+    Args:
+        online: whether the hub may be asked.
+    """
+    known = Known()
+    fallback: RoleModel | None = None
+    told: set[str] = set()
+    for role, key, path, head, layers in _wanted(config):
+        if role not in (*roles_of(config), "policy"):
+            continue
+        try:
+            found = RoleModel(key, path, shape_of(path, online=online), head, layers)
+        except NoSuchFolderError:
+            if fallback is None:
+                known.unknown.append(f"{key}: there is no folder {path} yet; its memory isn't planned")
+                continue
+            known.unknown.append(f"{key}: there is no folder {path} yet; counted as {fallback.path}")
+            found = replace(fallback, key=key, path=path, head=head, layers=layers)
+        except NotThereError as error:
+            if f"{key}: {error}" not in known.missing:
+                known.missing.append(f"{key}: {error}")
+            continue
+        except NotKnownError as error:
+            online = online and not isinstance(error, HubAwayError)
+            if path not in told:
+                known.unknown.append(f"{key}: {error}; its memory isn't planned")
+            told.add(path)
+            continue
+        fallback = fallback or found
+        known.models.setdefault(role, []).append(found)
+    return known
+
+
+def _wanted(config: Any) -> list[tuple[str, str, str, str, int | None]]:
+    """Role, key, path, head and layers of each model."""
+    found: list[tuple[str, str, str, str, int | None]] = []
+    if isinstance(config, ModelEvaluationConfig):
+        for k, model in enumerate(config.models):
+            found += [(role, f"models.{k}.path", model.path, "vocabulary", None) for role in ("rollout", "model")]
+        path = config.reference or config.models[0].path
+        found.append(("reference", "reference" if config.reference else "models.0.path", path, "vocabulary", None))
+        sources = {f"scores.{name}": getattr(config.scores, name) for name in ("reward", "safety", "helpfulness")}
+        return found + _scorers("scores", sources)
+    path, head = config.policy.path, "score" if config.algorithm == "reward_model" else "vocabulary"
+    found.append(("policy", "policy.path", path, head, None))
+    if getattr(config, "rollout", None) is not None:
+        found.append(("rollout", "policy.path", path, "vocabulary", None))
+    critic = getattr(config, "critic", None)
+    if critic is not None:
+        key = "critic.path" if critic.path else "policy.path"
+        found.append(("critic", key, critic.path or path, "scalar", critic.num_layers))
+    reference = getattr(config, "reference", None)
+    if reference is not None:
+        key = "reference.path" if reference.path else "policy.path"
+        found.append(("reference", key, reference.path or path, "vocabulary", None))
+    if isinstance(config, Config | SamplingConfig):
+        named = {f"reward.sources.{k}": source for k, source in enumerate(config.reward.sources)}
+        found += _scorers("reward", {**named, "reward.gold": getattr(config.reward, "gold", None)})
+    return found
+
+
+def _scorers(role: str, sources: Mapping[str, ScoreSource | None]) -> list[tuple[str, str, str, str, int | None]]:
+    return [
+        (role, f"{key}.model", source.model, "score", None)
+        for key, source in sources.items()
+        if source is not None and source.model is not None
+    ]
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldModels:
+    """What a process of a role holds, of all its models together."""
+
+    states: ModelBytes
+    forward: int
+    """Activations of a forward."""
+    training: int = 0
+    """Activations of forward and backward."""
+
+    @classmethod
+    def of(cls, config: Any, role: str, models: list[RoleModel]) -> HeldModels:
+        """For any role but the engines'."""
+        tokens = _tokens(config, role)
+        if role in ("policy", "critic"):
+            section, one = getattr(config, role), models[0]
+            where: dict[str, Any] = {"head": one.head, "layers": one.layers}
+            states = trained_bytes(section, one.shape, **where)
+            forward = forward_bytes(
+                section, one.shape, tokens, head=one.head, sequence_parallel=section.sequence_parallel
+            )
+            return cls(states, forward, training_bytes(section, one.shape, _trained_tokens(config, role), **where))
+        name = {"model": "measure"}.get(role, role)
+        section = (
+            config.measure if isinstance(config, ModelEvaluationConfig) and role != "scores" else getattr(config, name)
+        )
+        stage = getattr(section, "zero_stage", 0)
+        offloaded = getattr(section, "offload_parameters", "none") != "none"
+        each = [
+            frozen_bytes(m.shape, section.dtype, section.ranks, zero_stage=stage, offloaded=offloaded, head=m.head)
+            for m in models
+        ]
+        # An evaluation has one of its models at a time.
+        each = [max(each, key=lambda one: one.parameters)] if role == "model" else each
+        host = sum(one.host.get("parameters", 0) for one in each)
+        whole = max(one.forward_buffers for one in each)
+        states = ModelBytes(
+            sum(one.parameters for one in each),
+            buffers=whole,
+            forward_buffers=whole,
+            host={"parameters": host} if host else {},
+        )
+        return cls(states, max(forward_bytes(section, m.shape, tokens, head=m.head) for m in models))
+
+
+def longest_sample(config: Any) -> int:
+    """The most tokens of one sample in a forward."""
+    if hasattr(config, "training"):
+        return config.data.max_tokens
+    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+def _budget(config: Any, role: str) -> int:
+    if role in ("model", "reference") and isinstance(config, ModelEvaluationConfig):
+        return config.measure.tokens_per_micro_batch
+    return getattr(config, role).tokens_per_micro_batch
+
+
+def _tokens(config: Any, role: str) -> int:
+    """Tokens of a forward: a full micro-batch, or all that a rank has where that is less."""
+    if isinstance(config, Config):
+        d = derive(config)
+        if role in d.shares:
+            ranks = d.shares[role].ranks
+            return min(_budget(config, role), -(-d.samples_per_step // ranks) * d.max_sample_tokens)
+    return _budget(config, role)
+
+
+def _trained_tokens(config: Any, role: str) -> int:
+    """Tokens of a micro-batch in training."""
+    if isinstance(config, Config):
+        d = derive(config)
+        return min(_budget(config, role), d.shares[role].samples_per_rank * d.max_sample_tokens)
+    d_offline = derive_offline(config)
+    each = d_offline.max_tokens_per_step // d_offline.samples_per_step
+    return min(_budget(config, role), d_offline.shares[role].samples_per_rank * each)

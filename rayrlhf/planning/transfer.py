@@ -1,0 +1,153 @@
+"""One transfer of the policy's weights to the engines: over which wire, how many bytes, how long at the wire's speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rayrlhf.config.base import JobConfig
+from rayrlhf.config.offline import PreferenceConfig
+from rayrlhf.config.schema import Config
+from rayrlhf.planning.claims import assumed_machines, claims_of, machines_of
+from rayrlhf.planning.memory import itemsize_of
+from rayrlhf.planning.placement import Placement, place
+from rayrlhf.planning.shapes import Shape, numel
+
+__all__ = ["Crossing", "Transfer", "sends_weights", "transfer_of", "transport_of"]
+
+MIB = 2**20
+HOST = "the machine's memory"
+HOST_BYTES_PER_S = 10e9
+"""Assumed: one process copies so many bytes a second within a machine's memory."""
+GPU_BYTES_PER_S = 1e12
+"""Assumed: a GPU copies so many bytes a second within its memory."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Bytes over a wire."""
+
+    wire: str
+    """In words."""
+    nbytes: int
+    """What goes over its slowest part."""
+    bytes_per_s: float | None
+    """Its speed; None where it isn't known."""
+
+    @property
+    def seconds(self) -> float | None:
+        """At the wire's speed: a lower bound."""
+        return None if self.bytes_per_s is None else self.nbytes / self.bytes_per_s
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One transfer."""
+
+    transport: str
+    what: str
+    """``merged`` weights, or the ``adapter`` alone."""
+    nbytes: int
+    """What each engine receives, all of its GPUs together."""
+    bucket_bytes: int
+    """One bucket; there are two at a time."""
+    send: Crossing
+    """From the policy to the engines."""
+    gather: Crossing | None
+    """From all ranks of a policy under ZeRO-3 to those that send."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Bucket k + 1 is gathered while k is sent: together they take as long as the longer one, or one after the other where
+        both go over the same wire."""
+        if self.gather is None:
+            return self.send.seconds
+        send, gather = self.send.seconds, self.gather.seconds
+        if send is None or gather is None:
+            return None
+        return send + gather if self.send.wire == self.gather.wire else max(send, gather)
+
+
+def sends_weights(config: JobConfig) -> bool:
+    """Whether a run has engines which receive weights."""
+    return isinstance(config, Config) or (isinstance(config, PreferenceConfig) and config.guard.kl_prompts > 0)
+
+
+def transport_of(config: Any, placement: Placement | None = None) -> str:
+    """The transport that ``auto`` stands for.
+
+    From GPU to GPU it is ``ipc`` where each GPU of an engine has a rank of the policy too, else ``nccl``; ``gloo`` where an
+    engine sits on the GPU of the rank that sends, as NCCL takes no two processes on one. On CPUs it is ``shared_memory``,
+    unless the run joins a cluster or names several machines: then ``gloo``.
+
+    Args:
+        config: of a run that `sends_weights`.
+        placement: of its roles; by default on the machines that are named, or on usual ones.
+
+    Raises:
+        InputRefused: where the roles can't be placed.
+    """
+    if config.rollout.weight_transport != "auto":
+        return config.rollout.weight_transport
+    cluster = config.cluster
+    if cluster.executor == "inline":
+        return "shared_memory"
+    if cluster.device == "cuda":
+        if placement is None:
+            claims, sharing = claims_of(config), cluster.placement
+            placement = place(claims, sharing, machines_of(cluster) or assumed_machines(claims, sharing))
+        engines, sender = _gpus(placement, "rollout"), placement.of("policy")[0]
+        if engines <= _gpus(placement, "policy"):
+            return "ipc"
+        return "gloo" if engines & {(sender.machine, gpu) for gpu in sender.gpus} else "nccl"
+    several = cluster.address is not None or sum(node.count for node in cluster.nodes) > 1
+    return "gloo" if several else "shared_memory"
+
+
+def _gpus(placement: Placement, role: str) -> set[tuple[int, int]]:
+    return {(seat.machine, gpu) for seat in placement.of(role) for gpu in seat.gpus}
+
+
+def transfer_of(config: Any, shape: Shape, placement: Placement | None) -> Transfer:
+    """Bytes and wires of one transfer.
+
+    Merged weights are all parameters, and an adapter is r (in + out) numbers a linear layer, in the policy's type.
+    ``ipc`` copies within each GPU. ``nccl`` sends once over each link: a broadcast in a ring is bound by its slowest link,
+    whatever the number of receivers. ``gloo`` broadcasts in a tree: the sender sends log2 of the processes' number copies.
+    ``shared_memory`` writes once and reads once an engine's process. Under ZeRO-3 all shares but its own come to a rank that
+    sends, (N - 1) / N of all; with ``ipc`` every rank is one.
+    """
+    policy, rollout = config.policy, config.rollout
+    tensors = shape.adapters(policy.lora) if rollout.lora_transfer == "adapter" else shape.weights()
+    size = itemsize_of(policy.dtype)
+    nbytes, largest = size * numel(tensors), size * max(w.numel for w in tensors)
+    bucket = min(nbytes, max(int(rollout.weight_bucket_mib * MIB), largest))
+    transport = transport_of(config, placement)
+    gather = None
+    if policy.zero_stage == 3 and policy.ranks > 1:
+        gather = _across(nbytes * (policy.ranks - 1) // policy.ranks, ["policy"], placement)
+    send = _sent(transport, nbytes, rollout.engines * rollout.tensor_parallel, placement)
+    return Transfer(transport, rollout.lora_transfer, nbytes, bucket, send, gather)
+
+
+def _sent(transport: str, nbytes: int, receivers: int, placement: Placement | None) -> Crossing:
+    if transport == "ipc":
+        return Crossing("each GPU's own memory", nbytes, GPU_BYTES_PER_S)
+    if transport == "shared_memory":
+        return Crossing(HOST, nbytes * (1 + receivers), HOST_BYTES_PER_S)
+    copies = 1 if transport == "nccl" else receivers.bit_length()  # of receivers and the sender: log2, rounded up
+    return _across(nbytes * copies, ["policy", "rollout"], placement, from_host=transport == "gloo")
+
+
+def _across(nbytes: int, roles: list[str], placement: Placement | None, *, from_host: bool = False) -> Crossing:
+    """Bytes between the processes of some roles."""
+    machines = [] if placement is None else sorted({seat.machine for role in roles for seat in placement.of(role)})
+    if placement is None or not machines:
+        return Crossing(HOST, nbytes, HOST_BYTES_PER_S)
+    if len(machines) > 1:
+        speeds = [placement.machines[m].network_bytes_per_s for m in machines]
+        known = [speed for speed in speeds if speed is not None]
+        return Crossing("the network between machines", nbytes, min(known) if len(known) == len(speeds) else None)
+    if from_host:
+        return Crossing(HOST, nbytes, HOST_BYTES_PER_S)
+    return Crossing("links between GPUs of a machine", nbytes, placement.machines[machines[0]].gpu_link_bytes_per_s)

@@ -1,0 +1,217 @@
+"""Which process gets which GPU on a cluster of several nodes, and what is said where it gets none."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from rayrlhf.cluster import ray_placement
+from rayrlhf.cluster.nodes import all_nodes
+from rayrlhf.cluster.spec import RoleSpec
+from rayrlhf.cluster.start import Groups, start_groups
+from rayrlhf.config.base import NodeConfig
+from rayrlhf.errors import InputRefused, RunFailed
+from rayrlhf.planning.placement import Claim
+from tests.cluster.toy_setup import SETTINGS, toy
+from tests.multinode.fake_cluster import fake_cluster, gpus_of, held, until_free
+
+QUICK = SETTINGS.model_copy(update={"placement_timeout_s": 2.0})
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Nodes of 1, 1 and 2 GPUs, and a head without any."""
+    with fake_cluster(1, 1, 2) as cluster:
+        yield cluster
+
+
+def with_gpus(name: str, ranks: int, gpus: int = 1) -> RoleSpec:
+    return toy(name, ranks, gpus=gpus)
+
+
+def start(specs, settings=SETTINGS, **more) -> Groups:
+    return start_groups(specs, executor="ray", settings=settings, **more)
+
+
+def seats_of(groups: Groups, role: str) -> list[tuple[str, str]]:
+    """Node and GPUs of each rank, as the processes themselves see it."""
+    found = groups[role].broadcast("seat")
+    assert [seat["rank"] for seat in found] == list(range(len(found)))
+    assert all(seat["visible"] == seat["at_import"] for seat in found)
+    return [(seat["node"], seat["visible"]) for seat in found]
+
+
+def test_roles_with_gpus_of_their_own(cluster):
+    specs = [with_gpus("policy", 2), with_gpus("rollout", 1, gpus=2), toy("reward")]
+    with start(specs, sharing="disaggregated") as groups:
+        policy, rollout = seats_of(groups, "policy"), seats_of(groups, "rollout")
+        # an engine over two GPUs has both of one machine; the policy gets the rest
+        assert [gpus for _, gpus in rollout] == ["0,1"] and gpus_of(rollout[0][0]) == 2
+        assert [gpus for _, gpus in policy] == ["0", "0"]
+        assert [gpus_of(node) for node, _ in policy] == [1, 1] and len(set(policy)) == 2
+        assert groups["reward"].broadcast("ping") == [(0, 1, None)]
+        names = {node.id: node.name for node in all_nodes()}
+        placement = groups.placement
+        for role, seats in (("policy", policy), ("rollout", rollout)):
+            assert [placement.machines[s.machine].name for s in placement.of(role)] == [names[n] for n, _ in seats]
+        assert placement.of("reward") == [] and placement.sharing("policy") == frozenset()
+        assert held() == 4
+    until_free()
+
+
+def test_roles_share_gpus_and_ranks_are_packed_by_node(cluster):
+    specs = [with_gpus("policy", 3), with_gpus("critic", 3), with_gpus("rollout", 1, gpus=2)]
+    with start(specs, sharing="colocated") as groups:
+        policy, critic, rollout = (seats_of(groups, role) for role in ("policy", "critic", "rollout"))
+        assert critic == policy and len(set(policy)) == 3
+        counts = [sum(node == other for other, _ in policy) for node in dict.fromkeys(node for node, _ in policy)]
+        assert sorted(counts) == [1, 2]
+        assert [node for node, _ in policy] == sorted((n for n, _ in policy), key=[n for n, _ in policy].index)
+        covered = [(node, gpu) for node, gpus in rollout for gpu in gpus.split(",")]
+        assert len(covered) == 2 and set(covered) < set(policy)
+        assert groups.placement.sharing("policy") == {"critic", "rollout"}
+        assert held() == 3
+    until_free()
+
+
+def test_some_roles_share(cluster):
+    specs = [with_gpus(name, 1) for name in ("policy", "critic", "reference", "reward")]
+    with start(specs, sharing=[["policy", "critic"], ["reference", "reward"]]) as groups:
+        policy, critic, reference, reward = (seats_of(groups, spec.name) for spec in specs)
+        assert policy == critic and reference == reward and not set(policy) & set(reference)
+    until_free()
+
+
+def test_the_machines_that_are_named_are_the_ones_used(cluster):
+    """Two machines of one GPU: as planned, though one of two would do."""
+    settings = SETTINGS.model_copy(update={"nodes": [NodeConfig(count=2, gpus=1)]})
+    with start([with_gpus("policy", 2)], settings) as groups:
+        seats = seats_of(groups, "policy")
+        assert [gpus for _, gpus in seats] == ["0", "0"]
+        assert all(gpus_of(node) == 1 for node, _ in seats)
+    until_free()
+
+
+def test_roles_that_start_later_take_the_seats_claimed_for_them(cluster):
+    claims = [Claim("reference", 1, 1), Claim("model", 1, 1), Claim("rollout", 1, 2)]
+    with start([with_gpus("reference", 1)], sharing="disaggregated", claims=claims) as shared:
+        assert held() == 4
+        for _ in range(2):
+            with start([with_gpus("model", 1), with_gpus("rollout", 1, gpus=2)], beside=shared) as own:
+                assert own.placement is shared.placement
+                assert not set(seats_of(own, "model")) & set(seats_of(shared, "reference"))
+                assert seats_of(own, "rollout")[0][1] == "0,1"
+            assert held() == 4  # they are the first groups'
+        assert len(seats_of(shared, "reference")) == 1
+    until_free()
+
+
+def test_more_than_the_cluster_has_is_refused_with_what_each_machine_has(cluster):
+    with pytest.raises(InputRefused) as caught:
+        start([with_gpus("policy", 5)])
+    text = str(caught.value)
+    assert "5 are needed (policy 5): 1 too few" in text
+    assert text.count("): 1,") + text.count("): 1)") == 2 and text.count("): 2") == 1  # each node with its GPUs
+    with pytest.raises(InputRefused, match=r"an engine over 4 GPUs .* stays on one machine"):
+        start([with_gpus("rollout", 1, gpus=4)])
+    assert held() == 0
+
+
+def test_machines_that_are_named_and_not_there(cluster):
+    settings = SETTINGS.model_copy(update={"nodes": [NodeConfig(count=2, gpus=2)]})
+    says = "cluster.nodes names 2 machines of 2 GPUs, the Ray cluster has 1 machine of 2 GPUs and 2 machines of 1 GPU"
+    with pytest.raises(InputRefused, match=says):
+        start([with_gpus("policy", 1)], settings)
+
+
+# -- GPUs that others hold --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def others(cluster):
+    """Somebody with the node of 2 GPUs in a placement group, and an actor with one GPU without any."""
+    group = placement_group([{"GPU": 2}], "STRICT_PACK", name="others")
+    assert group.wait(20)
+
+    class Holder:
+        def here(self) -> None:
+            return None
+
+    actor = ray.remote(Holder).options(num_cpus=0, num_gpus=1).remote()
+    ray.get(actor.here.remote())
+    until_free(3)
+    yield group
+    remove_placement_group(group)
+    ray.kill(actor)
+    until_free()
+
+
+def test_gpus_that_others_hold_are_waited_for_no_longer_than_the_deadline(others):
+    began = time.monotonic()
+    with pytest.raises(RunFailed) as caught:
+        start([with_gpus("policy", 3)], QUICK)
+    assert not isinstance(caught.value, InputRefused) and time.monotonic() - began < 8
+    text = str(caught.value)
+    assert "3 GPUs" in text and "policy 3" in text and "cluster.placement_timeout_s" in text
+    assert "0 of 2 GPUs free" in text and "1 of 1 GPUs free" in text
+    assert "held: 2 of" in text and "held: 1 of" in text and "without a placement group" in text
+    assert "pytest" in text  # the command of the job that holds them
+    assert held() == 3
+
+
+def test_a_run_starts_beside_others_where_there_is_room_and_as_soon_as_there_is(others):
+    with start([with_gpus("rollout", 1)], QUICK) as groups:
+        assert len(seats_of(groups, "rollout")) == 1
+    until_free(3)
+    giving_back = threading.Timer(1.5, remove_placement_group, [others])
+    giving_back.start()
+    with start([with_gpus("rollout", 1, gpus=2)]) as groups:
+        assert seats_of(groups, "rollout")[0][1] == "0,1"
+    giving_back.join()
+
+
+def test_half_of_what_is_needed_is_given_back(others, monkeypatch):
+    """What Ray says is free may be gone by then: a second run has just taken it, and waits for the rest as we do."""
+    monkeypatch.setattr(ray_placement, "free_gpus", lambda nodes: {node.id: node.gpus for node in nodes})
+    monkeypatch.setattr(ray_placement, "ATTEMPT_SECONDS", 1.0)
+    most = []
+    watching = threading.Event()
+
+    def watch() -> None:
+        while not watching.wait(0.05):
+            most.append(held())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with pytest.raises(RunFailed, match="were not free at the same time within 2 s"):
+            start([with_gpus("policy", 4)], QUICK)
+    finally:
+        watching.set()
+        watcher.join()
+    assert max(most) > 3  # it had some of them in its hands
+    until_free(3)
+
+
+def test_two_runs_that_want_the_same_gpus_get_them_one_after_the_other(cluster):
+    got, began = [], time.monotonic()
+
+    def run(number: int) -> None:
+        reservation = ray_placement.reserve([Claim(f"policy-{number}", 3, 1)], "colocated", SETTINGS)
+        got.append(("has", number))
+        time.sleep(1.0)
+        got.append(("gives", number))
+        reservation.release()
+
+    threads = [threading.Thread(target=run, args=[number]) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [what for what, _ in got] == ["has", "gives", "has", "gives"], got
+    assert {number for _, number in got} == {0, 1} and time.monotonic() - began < 60
+    until_free()

@@ -1,0 +1,180 @@
+"""Real jobs on a cluster of three nodes on this machine, submitted as a user does it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tests.support.tiny import save_tiny_model
+
+pytestmark = pytest.mark.timeout(600)
+TOKEN = "the-token-of-this-test"
+REWARDS = """
+def small(prompts, responses):
+    return [sum(int(word[1:]) < 20 for word in response.split()) / 8 for response in responses]
+
+def broken(prompts, responses):
+    raise KeyError("no such word")
+"""
+CONFIG = """
+run_dir: runs/first
+seed: 3
+policy: {path: model, dtype: float32, ranks: 2, zero_stage: 3, tokens_per_micro_batch: 128, optimizer: {lr: 0.003}}
+critic: null
+reference: null
+reward: {sources: [{function: "my_rewards:small"}]}
+data: {prompts: prompts.jsonl, max_prompt_tokens: 8}
+rollout: {engine: transformers, engines: 2, max_response_tokens: 8, samples_per_prompt: 2, chunk_samples: 4}
+ppo: {steps: 3, prompts_per_step: 8, minibatch_samples: 8, advantage_estimator: rloo, kl_coef: 0.0}
+evaluation: {prompts: 0}
+monitoring: {tensorboard: false}
+cluster:
+  nodes: [{count: 3, gpus: 2}]
+  placement: disaggregated
+  threads: 1
+  start_timeout_s: 400
+  call_timeout_s: 120
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**kept, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", **more}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Three nodes with one GPU each or two, that let in who has the token; gives the dashboard's address."""
+    line = [sys.executable, str(ROOT / "launch" / "fake_cluster.py"), "1", "2", "2", "--port", "0"]
+    secret = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
+    process = subprocess.Popen(
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=secret
+    )
+    watchdog = threading.Timer(180, process.kill)
+    watchdog.start()
+    addresses = json.loads(process.stdout.readline())
+    watchdog.cancel()
+    yield addresses["dashboard"]
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A user's folder: configuration, model, prompts and a reward of their own. Nothing of it is on the import path here."""
+    folder = tmp_path_factory.mktemp("project")
+    save_tiny_model(folder / "model")
+    rows = [{"prompt": " ".join(f"w{(7 * i + k) % 61}" for k in range(2 + i % 4))} for i in range(40)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_rewards.py").write_text(REWARDS)
+    (folder / "ppo.yaml").write_text(CONFIG.replace("count: 3, gpus: 2", "count: 1, gpus: 1}, {count: 2, gpus: 2"))
+    return folder
+
+
+def start(project: Path, cluster: str, *arguments: str, **variables: str) -> subprocess.Popen:
+    line = [sys.executable, "-m", "rayrlhf.cli", "submit", *arguments, "--address", cluster]
+    env = environment(**{"RAY_AUTH_TOKEN": TOKEN, **variables})
+    return subprocess.Popen(line, cwd=project, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def submit(project: Path, cluster: str, *arguments: str, **variables: str) -> tuple[int, str]:
+    process = start(project, cluster, *arguments, **variables)
+    try:
+        output, _ = process.communicate(timeout=500)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def read_until(process: subprocess.Popen, pattern: str) -> str:
+    """What it prints, up to a line with this pattern."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if re.search(pattern, line):
+            return "".join(said)
+    raise AssertionError(f"{pattern!r} never came in:\n{''.join(said)}")
+
+
+def test_a_run_on_three_nodes_to_its_end(cluster, project):
+    code, output = submit(project, cluster, "ppo.yaml", "ppo.steps=2")
+    assert code == 0, output
+    assert re.search(r"run_dir runs/first is .*/runs/first on the cluster", output)
+    assert "step 2/2  score" in output and "done: 2 of 2 steps" in output
+    assert "\x1e" not in output, "the events are for the display"
+    folder = project / "runs" / "first"
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert (folder / "model" / "model.safetensors").exists()
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert written["cluster"]["address"] == "auto" and written["policy"]["path"] == "model"
+    # There once more: the job refuses it, as `train` would.
+    code, output = submit(project, cluster, "ppo.yaml", "ppo.steps=2")
+    assert code == 2 and "holds a run already" in output and "refused its input" in output
+
+
+def test_a_run_that_fails(cluster, project):
+    change = ["run_dir=runs/fails", "reward.sources.0.function=my_rewards:broken"]
+    code, output = submit(project, cluster, "ppo.yaml", *change)
+    assert code == 1, output
+    assert "KeyError" in output and "no such word" in output and "ended with exit code 1" in output
+
+
+def test_refused_before_anything_is_sent(cluster, project):
+    for change, words in (
+        ("cluster.executor=inline", "cluster.executor"),
+        ("ppo.minibatch_samples=7", "minibatch_samples"),
+        ("rollout.engines=4", "GPU"),
+        ("data.prompts=nothing.jsonl", "data.prompts"),
+    ):
+        code, output = submit(project, cluster, "ppo.yaml", "run_dir=runs/never", change)
+        assert code == 2 and words in output and "accepted" not in output, output
+    code, output = submit(project, cluster, "ppo.yaml", "--env", "NOT_SET_HERE", "run_dir=runs/never")
+    assert code == 2 and "NOT_SET_HERE is not set here" in output
+    assert not (project / "runs" / "never").exists()
+
+
+def test_nobody_is_let_in_without_the_token(cluster, project):
+    code, output = submit(project, cluster, "ppo.yaml", "run_dir=runs/never", RAY_AUTH_TOKEN="wrong")
+    assert code == 2 and "doesn't take the token" in output
+    code, output = submit(project, cluster, "ppo.yaml", "run_dir=runs/never", RAY_AUTH_TOKEN="", HOME=str(project))
+    assert code == 2 and "there is none here" in output
+    code, output = submit(project, "http://127.0.0.1:9", "ppo.yaml", "run_dir=runs/never")
+    assert code == 2 and "no dashboard answers" in output
+    code, output = submit(project, cluster, "--follow", "no-such-job")
+    assert code == 2 and "there is no job no-such-job" in output
+
+
+def test_ctrl_c_leaves_or_stops(cluster, project):
+    long = start(project, cluster, "ppo.yaml", "run_dir=runs/long", "ppo.steps=5000", "--on-interrupt", "leave")
+    try:
+        before = read_until(long, r"step 2/5000")
+        job = re.search(r"job (long-\w+) is accepted", before).group(1)
+        long.send_signal(signal.SIGINT)
+        rest, _ = long.communicate(timeout=60)
+    finally:
+        long.kill()
+    assert long.returncode == 1 and f"--follow {job}" in rest and "which goes on" in rest
+    # Its log is there from the beginning, and the job went on.
+    again = start(project, cluster, "--follow", job, "--on-interrupt", "stop")
+    try:
+        followed = read_until(again, r"step 6/5000")
+        assert "step 1/5000" in followed
+        again.send_signal(signal.SIGINT)
+        rest, _ = again.communicate(timeout=150)
+    finally:
+        again.kill()
+    assert again.returncode == 1 and "was stopped" in rest, rest
+    # It was stopped as Ctrl-C would have stopped it here: it ended by itself, and wrote its report.
+    assert re.search(r"interrupted: \d+ of 5000 steps", rest) and "go on with --resume" in rest, rest
+    assert (project / "runs" / "long" / "report.html").exists()

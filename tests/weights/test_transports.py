@@ -1,0 +1,216 @@
+"""What is sent arrives, bit for bit, in other processes, by every transport and in buckets of any size."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayrlhf.weights import open_receiver, open_sender
+from rayrlhf.weights.control import Control
+from rayrlhf.weights.ipc import IpcSender
+from tests.weights.others import (
+    HostMemory,
+    Other,
+    as_arrived,
+    manifest_of,
+    receiver_of,
+    sender_of,
+    some_tensors,
+    take_all,
+    take_late,
+)
+
+TRANSPORTS = ["shared_memory", "gloo", "ipc"]
+
+
+def own_folders(run: str) -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if name.startswith(f"rayrlhf-{run}-")]
+
+
+def until(happened: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_whatever_the_bucket_size_and_the_type_all_receivers_get_what_was_sent(transport: str, tmp_path: Path) -> None:
+    sender = sender_of(transport, 3, run="sizes", folder=str(tmp_path))
+    cases = [
+        (dtype, bucket_bytes, checksums)
+        for dtype in ("float32", "bfloat16")
+        for bucket_bytes, checksums in ((1, True), (1, False), (1000, True), (2**40, True), (2**40, False))
+    ]
+    sets = [some_tensors(seed) for seed in range(len(cases))]
+    manifests = [
+        manifest_of(tensors, sender, serial=k + 1, bucket_bytes=size, dtype=dtype, checksums=checksums)
+        for k, (tensors, (dtype, size, checksums)) in enumerate(zip(sets, cases, strict=True))
+    ]
+    assert {len(m.buckets) for m, (_, size, _) in zip(manifests, cases, strict=True) if size == 1} == {8}
+    assert {len(m.buckets) for m, (_, size, _) in zip(manifests, cases, strict=True) if size == 2**40} == {1}
+    others = [Other(take_all, sender.address, index, manifests, str(tmp_path)) for index in range(3)]
+    sender.connect()
+    for tensors, manifest in zip(sets, manifests, strict=True):
+        sender.send(manifest, iter(tensors))
+    expected = [as_arrived(tensors, dtype) for tensors, (dtype, _, _) in zip(sets, cases, strict=True)]
+    for other in others:
+        assert other.said() == "connected" and other.said() == expected
+    sender.close()
+    assert not own_folders("sizes") and not list(tmp_path.iterdir())
+
+
+def test_one_after_the_other_in_one_thread() -> None:
+    """As the inline executor does it."""
+    sender = sender_of("shared_memory", 1, run="alone", keep_all=True)
+    receiver = receiver_of(sender.address, 0)
+    sender.connect()
+    receiver.connect()
+    for serial in (1, 2):
+        tensors = some_tensors(serial)
+        manifest = manifest_of(tensors, sender, serial=serial)
+        sender.send(manifest, tensors)
+        (folder,) = own_folders("alone")
+        assert len(list(Path("/dev/shm", folder).glob("*.bucket"))) == 8
+        found = [(name, tensor.clone()) for name, tensor in receiver.receive(manifest)]
+        assert as_arrived(found, "float32") == as_arrived(tensors, "float32")
+        sender.release()
+        assert not list(Path("/dev/shm", folder).glob("*.bucket"))
+    receiver.close()
+    sender.close()
+    with pytest.raises(ValueError, match="both sides run at the same time"):
+        sender_of("gloo", 1, keep_all=True)
+
+
+def test_a_tensor_is_copied_before_the_next_one_is_asked_for() -> None:
+    sender = sender_of("shared_memory", 1, keep_all=True)
+    receiver = receiver_of(sender.address, 0)
+    receiver.connect()
+    memory = torch.zeros(4)
+
+    def reused():
+        for value in range(3):
+            yield f"p{value}", memory.fill_(value)
+
+    manifest = manifest_of([(f"p{k}", memory) for k in range(3)], sender, bucket_bytes=2**20)
+    sender.send(manifest, reused())
+    assert [float(tensor[0]) for _, tensor in receiver.receive(manifest)] == [0.0, 1.0, 2.0]
+    sender.close()
+
+
+@pytest.mark.parametrize(("transport", "ahead"), [("shared_memory", 2), ("gloo", 4), ("ipc", 2)])
+def test_the_next_bucket_is_filled_while_one_is_under_way_and_no_more(
+    transport: str, ahead: int, tmp_path: Path
+) -> None:
+    """A receiver dwells on the first bucket: two lie on the sender's side then, by gloo two more on the receiver's."""
+    sender = sender_of(transport, 1, run="ahead", folder=str(tmp_path))
+    receiver = receiver_of(sender.address, 0, str(tmp_path))
+    tensors = some_tensors()
+    manifest = manifest_of(tensors, sender)
+    given: list[str] = []
+
+    def watched():
+        for name, tensor in tensors:
+            given.append(name)
+            if transport == "shared_memory":
+                (folder,) = own_folders("ahead")
+                assert len(list(Path("/dev/shm", folder).glob("*.bucket"))) <= 2
+            yield name, tensor
+
+    def send() -> None:
+        sender.connect()
+        sender.send(manifest, watched())
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    receiver.connect()
+    arriving = receiver.receive(manifest)
+    assert next(arriving)[0] == "a"
+    until(lambda: len(given) == ahead)
+    time.sleep(0.3)
+    assert given == [name for name, _ in tensors[:ahead]]
+    assert [name for name, _ in arriving] == [name for name, _ in tensors[1:]]
+    thread.join()
+    sender.close()
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
+def test_a_late_receiver_is_waited_for(transport: str) -> None:
+    sender = sender_of(transport, 2)
+    tensors = some_tensors()
+    manifest = manifest_of(tensors, sender)
+    others = [Other(take_late, sender.address, index, manifest, 1.0 * index) for index in range(2)]
+    sender.connect()
+    sender.send(manifest, tensors)
+    names = [name for name, _ in tensors]
+    assert [[row[0] for row in other.said()[0]] for other in others] == [names, names]
+    sender.close()
+
+
+def test_each_rank_serves_the_receivers_on_its_own_gpu(tmp_path: Path) -> None:
+    """Rank 0's tensors and rank 1's differ here, so that it shows who was served by whom; rank 2 has nobody."""
+    first = sender_of("ipc", 3, folder=str(tmp_path), senders=3)
+    sets = {rank: some_tensors(rank) for rank in range(3)}
+    manifest = manifest_of(sets[0], first, bucket_bytes=1000)
+    gpus = ["gpu-1", "gpu-0", "gpu-1"]
+    others = [Other(take_all, first.address, i, [manifest], str(tmp_path), gpu) for i, gpu in enumerate(gpus)]
+    drawn: list[int] = []
+
+    def rank(number: int) -> None:
+        sender = first
+        if number:
+            control = Control.join_as_sender(first.address, number)
+            sender = IpcSender(control, number, None, HostMemory(f"gpu-{number}", str(tmp_path)))
+        sender.connect()
+        weights = iter(sets[number])
+        sender.send(manifest, weights)
+        drawn.append(len(list(weights)))
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for other, gpu in zip(others, gpus, strict=True):
+        assert other.said() == "connected"
+        assert other.said() == [as_arrived(sets[int(gpu[-1])], "float32")]
+    assert drawn == [0, 0, 0], "a rank that serves nobody gathers all the same"
+    first.close()
+
+
+def test_gloo_and_the_processs_own_group_do_not_disturb_each_other(tmp_path: Path) -> None:
+    import torch.distributed as dist
+
+    made = not dist.is_initialized()  # a trainer of an earlier test may have left its own in this process
+    if made:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/own", rank=0, world_size=1)
+    try:
+        own = dist.group.WORLD
+        sender, tensors = sender_of("gloo", 1), some_tensors()
+        manifest = manifest_of(tensors, sender)
+        other = Other(take_all, sender.address, 0, [manifest])
+        sender.connect()
+        sender.send(manifest, tensors)
+        assert other.said() == "connected" and other.said() == [as_arrived(tensors, "float32")]
+        sender.close()
+        assert dist.group.WORLD is own and dist.get_world_size() == 1
+        value = torch.ones(1)
+        dist.all_reduce(value)
+    finally:
+        if made:
+            dist.destroy_process_group()
+
+
+def test_transports_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="legal ones are shared_memory, gloo, nccl, ipc"):
+        open_sender("auto", run="x", receivers=1, version=1, device="cpu", timeout_s=1)
+    sender = sender_of("shared_memory", 2)
+    with pytest.raises(ValueError, match="receiver 2 of a group with 2 receivers"):
+        open_receiver(sender.address, 2, "cpu")
+    sender.close()
