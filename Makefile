@@ -55,7 +55,7 @@ pipeline: $(QUICKSTART)/held_out.jsonl
 	$(BIN)/rayrlhf pipeline configs/pipeline_local.yaml
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

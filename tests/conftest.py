@@ -28,13 +28,3 @@ def pytest_runtest_makereport() -> Generator[None, Any, Any]:
     report = yield
     report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
     return report
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where the suite has several processes (``--dist loadgroup``), the tests of one folder stay in one, in their order.
-
-    They share engines and process groups, and what one library does to its process another one should come to know last.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
