@@ -55,7 +55,7 @@ pipeline: $(QUICKSTART)/held_out.jsonl
 	$(BIN)/rayrlhf pipeline configs/pipeline_local.yaml
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -67,6 +67,8 @@ bench: $(VENV)/installed-dev
 	PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" PROJECT_PYTHON="$(BIN)/python" bash tests/benchmarks/trl_env.sh .venv-trl-1.16 1.16
 	env -u OMP_WAIT_POLICY $(BIN)/python tests/benchmarks/run.py
 	env -u OMP_WAIT_POLICY $(BIN)/python tests/benchmarks/run_examples.py
+	$(BIN)/python -m tests.benchmarks.driver_cost --samples 1000000
+	$(BIN)/python tests/benchmarks/weights.py
 
 docs: $(VENV)/installed
 	$(BIN)/python -m rayrlhf.config.reference > docs/configuration.md

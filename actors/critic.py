@@ -13,6 +13,7 @@ from rayrlhf.models.engine import partitioner_for
 from rayrlhf.models.heads import ScalarModel
 from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.loading import add_lora, load_critic
+from rayrlhf.models.skeleton import bare_backbone, check_training
 from rayrlhf.models.world import World
 
 __all__ = ["CriticTrainer"]
@@ -43,6 +44,20 @@ class CriticTrainer(TrainerRole):
             adapted = add_lora(model.backbone, critic.lora, config.seed + 1)
             model = ScalarModel(adapted.get_base_model(), model.head)  # type: ignore[operator]
         super().__init__(world, config, critic, model, total_steps)
+
+    @classmethod
+    def check(cls, config: Config, model_path: str, total_steps: int) -> None:
+        """Raise what the constructor would raise of the configuration; no weight is read.
+
+        Raises:
+            InputRefused: see `rayrlhf.models.skeleton`.
+        """
+        critic = config.critic
+        assert critic is not None
+        backbone = bare_backbone(model_path, critic, cls.role, critic.num_layers)
+        check_training(backbone, critic, cls.role)
+        if critic.lora is not None:
+            add_lora(backbone, critic.lora, config.seed + 1)
 
     def values(self, batch: Batch) -> Batch:
         """The value of the state before each response token, and of the state after each sample's last token.

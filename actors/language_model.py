@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rayrlhf.actors.trainer import TrainerRole, scatter_tokens
 from rayrlhf.batch import Batch
+from rayrlhf.checkpoint import sizes_on_disk
 from rayrlhf.config.base import RunConfig
 from rayrlhf.config.schema import RolloutConfig
 from rayrlhf.config.trainers import PolicyConfig
@@ -28,6 +29,7 @@ from rayrlhf.models.heads import PolicyModel
 from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.loading import DTYPES, add_lora, check_output_head, load_causal_lm
 from rayrlhf.models.merging import Checked, merged_logprobs, probe_batch, write_checked
+from rayrlhf.models.skeleton import bare_causal_lm, check_training
 from rayrlhf.models.world import World
 from rayrlhf.weights import Address, Bucket, Manifest, Sender, join_sender, open_sender, plan_buckets
 
@@ -45,6 +47,19 @@ def load_trained_lm(path: str, config: RunConfig, policy: PolicyConfig, world: W
     return lm
 
 
+def adapted(lm: Any, policy: PolicyConfig, seed: int) -> Any:
+    """The peft model around a language model with the configured adapters; None where there are none.
+
+    Raises:
+        InputRefused: where the model can't have them.
+    """
+    peft = add_lora(lm, policy.lora, seed) if policy.lora is not None else None
+    if policy.zero_stage == 3 and any(True for _ in lm.get_output_embeddings().children()):
+        # Its parts would be gathered for each chunk of logits, and ranks have different numbers of them.
+        raise InputRefused("policy.lora.target_modules: with zero_stage 3 the output layer can't have an adapter")
+    return peft
+
+
 class LanguageModelTrainer(TrainerRole):
     """A language model under DeepSpeed ZeRO; a subclass says what it learns.
 
@@ -55,7 +70,6 @@ class LanguageModelTrainer(TrainerRole):
         lm: from `load_trained_lm`; adapters are put in here.
         total_steps: optimizer steps of the whole run.
         rollout: how samples are drawn from the model, where any are; log-probabilities are at its temperature.
-        transport: how weights travel to the rollout engines; None where there are none.
     """
 
     def __init__(
@@ -67,19 +81,25 @@ class LanguageModelTrainer(TrainerRole):
         total_steps: int,
         *,
         rollout: RolloutConfig | None = None,
-        transport: str | None = None,
     ):
-        self.peft = add_lora(lm, policy.lora, config.seed) if policy.lora is not None else None
-        if policy.zero_stage == 3 and any(True for _ in lm.get_output_embeddings().children()):
-            # Its parts would be gathered for each chunk of logits, and ranks have different numbers of them.
-            raise InputRefused("policy.lora.target_modules: with zero_stage 3 the output layer can't have an adapter")
+        self.peft = adapted(lm, policy, config.seed)
         self.lm, self.rollout = lm, rollout
         self.temperature = 1.0 if rollout is None else rollout.temperature
-        self.transport = transport
         self.sender: Sender | None = None
         self._buckets: dict[bool, tuple[Bucket, ...]] = {}
         self._transfers, self._base_sent = 0, False
         super().__init__(world, config, policy, PolicyModel(lm, policy.logits_chunk_tokens), total_steps)
+
+    @classmethod
+    def check(cls, config: Any, model_path: str, total_steps: int) -> None:
+        """Raise what a subclass's constructor, called with the same, would raise of the configuration; no weight is read.
+
+        Raises:
+            InputRefused: see `rayrlhf.models.skeleton`.
+        """
+        lm = bare_causal_lm(model_path, config.policy, cls.role)
+        check_training(lm, config.policy, cls.role)
+        adapted(lm, config.policy, config.seed)
 
     # -- log-probabilities --------------------------------------------------------------------------------------
 
@@ -109,11 +129,12 @@ class LanguageModelTrainer(TrainerRole):
     # -- weights ------------------------------------------------------------------------------------------------
 
     def open_weights(
-        self, receivers: int, group_version: int, per_engine: int = 1, keep_all: bool = False
+        self, transport: str, receivers: int, group_version: int, per_engine: int = 1, keep_all: bool = False
     ) -> Address | None:
         """Open the way of the weights to the rollout engines; an earlier one is closed. All ranks call it.
 
         Args:
+            transport: how they travel: one of `rayrlhf.weights.TRANSPORTS`.
             receivers: processes that load weights.
             group_version: 1 or more, larger than before.
             per_engine: receivers of each engine.
@@ -122,13 +143,13 @@ class LanguageModelTrainer(TrainerRole):
         Returns:
             Where receivers find the weights, on rank 0; None on others.
         """
-        assert self.rollout is not None and self.transport is not None, "this run has no rollout engines"
+        assert self.rollout is not None, "this run has no rollout engines"
         self._close_weights()
         self._base_sent = False
         if self.world.rank != 0:
             return None
         self.sender = open_sender(
-            self.transport,
+            transport,
             run=Path(self.config.run_dir).name,
             receivers=receivers,
             version=group_version,
@@ -231,16 +252,23 @@ class LanguageModelTrainer(TrainerRole):
         """Free what weights may still be under way."""
         self._close_weights()
 
-    def save_model(self, folder: str) -> None:
+    def save_model(self, folder: str) -> dict[str, int]:
         """Write the model as a Hugging Face folder: adapters merged, or the adapter alone where so configured.
 
         All ranks call it.
+
+        Returns:
+            Of rank 0, which writes: bytes by the file's name. Of others nothing.
 
         Raises:
             RunFailed: where the merged model's log-probabilities aren't those of the model with its adapters; or where the
                 weights aren't on the device (`set_residence`).
         """
         self.trainer.residence.require("weights", "saving the model")
+        self._write_model(folder)
+        return sizes_on_disk(Path(folder)) if self.world.rank == 0 else {}
+
+    def _write_model(self, folder: str) -> None:
         lora, dtype = self.trained.lora, DTYPES[self.trained.dtype]
         if lora is not None and lora.save == "adapter":
             self._save_adapter(folder)

@@ -26,7 +26,6 @@ class PolicyTrainer(LanguageModelTrainer):
         world: this process's place in the group.
         config: the whole run.
         model_path: folder or hub name of the model.
-        transport: how weights travel to the rollout engines.
         total_steps: optimizer steps of the whole run.
     """
 
@@ -41,9 +40,9 @@ class PolicyTrainer(LanguageModelTrainer):
     )
     statistics = {"policy_loss": LOSS, "kl_loss": LOSS, "clipfrac": TOKENS, "ppo_kl": TOKENS, "entropy": TOKENS}
 
-    def __init__(self, world: World, config: Config, model_path: str, transport: str, total_steps: int):
+    def __init__(self, world: World, config: Config, model_path: str, total_steps: int):
         lm = load_trained_lm(model_path, config, config.policy, world)
-        super().__init__(world, config, config.policy, lm, total_steps, rollout=config.rollout, transport=transport)
+        super().__init__(world, config, config.policy, lm, total_steps, rollout=config.rollout)
 
     def training_forward(self) -> Any:
         return partial(self._forward, with_entropy=True)

@@ -29,7 +29,6 @@ class PreferenceTrainer(LanguageModelTrainer):
         world: this process's place in the group.
         config: the whole run.
         model_path: folder or hub name of the model.
-        transport: how weights travel to the rollout engines.
         total_steps: optimizer steps of the whole run.
     """
 
@@ -55,11 +54,11 @@ class PreferenceTrainer(LanguageModelTrainer):
         "kl": LOSS,
     }
 
-    def __init__(self, world: World, config: PreferenceConfig, model_path: str, transport: str, total_steps: int):
+    def __init__(self, world: World, config: PreferenceConfig, model_path: str, total_steps: int):
         lm = load_trained_lm(model_path, config, config.policy, world)
         self.sharing = prompt_sharing(lm.base_model, config.policy)
         self.paired, self.beta = config.dpo.loss != "kto", config.dpo.beta
-        super().__init__(world, config, config.policy, lm, total_steps, rollout=config.rollout, transport=transport)
+        super().__init__(world, config, config.policy, lm, total_steps, rollout=config.rollout)
 
     def update(
         self, batch: Batch, schedule: MinibatchSchedule, step: int, beta: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rayrlhf.actors.trainer import scatter_tokens
 from rayrlhf.batch import Batch
 from rayrlhf.config import Config
+from rayrlhf.config.base import RunConfig
 from rayrlhf.config.offline import PreferenceConfig
 from rayrlhf.models.frozen import FrozenModel
 from rayrlhf.models.heads import PolicyModel
@@ -12,6 +13,7 @@ from rayrlhf.models.layout import neighbours_together
 from rayrlhf.models.loading import DTYPES, check_output_head, load_causal_lm, prompt_sharing
 from rayrlhf.models.packing import packs
 from rayrlhf.models.residence import Level
+from rayrlhf.models.skeleton import bare_causal_lm
 from rayrlhf.models.world import World
 from rayrlhf.models.zero import Partitioner
 
@@ -49,6 +51,18 @@ class ReferenceModel:
             offload=reference.offload_parameters,
             dtype=reference.dtype,
         )
+
+    @classmethod
+    def check(cls, config: Config | PreferenceConfig, model_path: str) -> None:
+        """Raise what the constructor would raise of the configuration; no weight is read.
+
+        Raises:
+            InputRefused: see `rayrlhf.models.skeleton`.
+        """
+        assert config.reference is not None
+        # A comparison of models names no reference of a run: how all its models are run stands in its section measure.
+        key = "reference" if isinstance(config, RunConfig) else "measure"
+        bare_causal_lm(model_path, config.reference, key)
 
     def token_logprobs(self, batch: Batch, temperature: float | None = None) -> Batch:
         """Column ``reference_logprobs``: log-probabilities of the response tokens.

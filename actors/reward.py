@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.batch import Batch
-from rayrlhf.config.schema import ScorerProcesses, ScoreSource
+from rayrlhf.config.schema import ScorerProcesses, ScoreSource, ScoringConfig
 from rayrlhf.config.trainers import ModelConfig
 from rayrlhf.data.conversation import Message
 from rayrlhf.data.tokens import PromptTokenizer
@@ -23,6 +23,7 @@ from rayrlhf.models.layout import micro_batches
 from rayrlhf.models.loading import DTYPES, load_reward_model
 from rayrlhf.models.packing import packs
 from rayrlhf.models.residence import Level
+from rayrlhf.models.skeleton import bare_reward_model
 from rayrlhf.models.tokenizer import load_tokenizer, plain_prompts_are_chats
 from rayrlhf.models.world import World
 
@@ -153,6 +154,16 @@ class RewardFunction:
         return scores
 
 
+def model_settings(config: ScorerProcesses) -> ModelConfig:
+    """How reward models are run."""
+    return ModelConfig(
+        dtype=config.dtype,
+        tokens_per_micro_batch=config.tokens_per_micro_batch,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 class RewardModel:
     """A sequence-classification model, read at the last real token of prompt and response.
 
@@ -171,12 +182,7 @@ class RewardModel:
 
     def __init__(self, path: str, name: str, config: ScorerProcesses, tokenizer: Any, world: World):
         self.name, self.path = name, path
-        self.settings = ModelConfig(
-            dtype=config.dtype,
-            tokens_per_micro_batch=config.tokens_per_micro_batch,
-            attention=config.attention,
-            trust_remote_code=config.trust_remote_code,
-        )
+        self.settings = model_settings(config)
         dtype = DTYPES[config.dtype]
         self.frozen = FrozenModel(
             "reward",
@@ -291,14 +297,35 @@ class RewardScorer:
         sources: Sequence[NamedSource],
         mark_failures: bool = False,
     ):
-        names = [named.name for named in sources]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise InputRefused(f"{', '.join(twice)}: the name of several sources of scores; legal: one name each")
+        _refuse_twice(sources)
         if world.threads is not None:
             torch.set_num_threads(world.threads)
         tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.trust_remote_code)
         self.mark_failures = mark_failures
         self.sources = [(named, _made(named, config, tokenizer, world)) for named in sources]
+
+    @classmethod
+    def check(
+        cls,
+        config: ScorerProcesses,
+        tokenizer_path: str,
+        sources: Sequence[NamedSource],
+        mark_failures: bool = False,
+    ) -> None:
+        """Raise what the constructor would raise of its arguments; no weight is read, and no service is asked.
+
+        Raises:
+            InputRefused: see the class, and `rayrlhf.models.skeleton`.
+        """
+        _refuse_twice(sources)
+        load_tokenizer(tokenizer_path, trust_remote_code=config.trust_remote_code)
+        key = "reward" if isinstance(config, ScoringConfig) else "scores"
+        for source in (named.source for named in sources):
+            if source.function is not None:
+                import_function(source.function)
+            elif source.model is not None:
+                bare_reward_model(source.model, model_settings(config), key)
+                load_tokenizer(source.model, trust_remote_code=config.trust_remote_code)
 
     def score(self, batch: Batch) -> Batch:
         """Score all samples with all sources.
@@ -333,6 +360,12 @@ class RewardScorer:
         for _, made in self.sources:
             if isinstance(made, RewardModel):
                 made.frozen.set_residence(level)
+
+
+def _refuse_twice(sources: Sequence[NamedSource]) -> None:
+    names = [named.name for named in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputRefused(f"{', '.join(twice)}: the name of several sources of scores; legal: one name each")
 
 
 def _made(named: NamedSource, config: ScorerProcesses, tokenizer: Any, world: World) -> Source:

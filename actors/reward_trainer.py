@@ -11,7 +11,9 @@ from torch import Tensor
 from rayrlhf.actors.trainer import LOSS, SEQUENCES, MinibatchLoss, StepCounts, TrainerRole
 from rayrlhf.algorithms import bradley_terry_loss
 from rayrlhf.batch import Batch
+from rayrlhf.checkpoint import sizes_on_disk
 from rayrlhf.config.offline import RewardModelConfig
+from rayrlhf.config.trainers import TrainedConfig
 from rayrlhf.errors import InputRefused
 from rayrlhf.models.engine import partitioner_for
 from rayrlhf.models.export import save_reward_folder
@@ -20,10 +22,16 @@ from rayrlhf.models.layout import ModelInput, micro_batches, pair_micro_batches
 from rayrlhf.models.loading import DTYPES, add_lora, load_critic, prompt_sharing, scorer_class
 from rayrlhf.models.merging import Checked, merged_scores, probe_batch, write_checked
 from rayrlhf.models.packing import packs
+from rayrlhf.models.skeleton import bare_backbone, check_training
 from rayrlhf.models.tokenizer import Padding
 from rayrlhf.models.world import World
 
 __all__ = ["RewardModelTrainer"]
+
+
+def check_saved_whole(policy: TrainedConfig) -> None:
+    if policy.lora is not None and policy.lora.save == "adapter":
+        raise InputRefused("policy.lora.save is 'adapter': a reward model is written whole, legal here: 'merged'")
 
 
 class RewardModelTrainer(TrainerRole):
@@ -47,8 +55,7 @@ class RewardModelTrainer(TrainerRole):
 
     def __init__(self, world: World, config: RewardModelConfig, model_path: str, total_steps: int):
         policy = config.policy
-        if policy.lora is not None and policy.lora.save == "adapter":
-            raise InputRefused("policy.lora.save is 'adapter': a reward model is written whole, legal here: 'merged'")
+        check_saved_whole(policy)
         zero = partitioner_for(policy, world, self.role, config.cluster.call_timeout_s)
         dtype = torch.float32 if zero is None else zero.dtype
         model = load_critic(model_path, policy, num_layers=None, dtype=dtype, zero=zero)
@@ -60,6 +67,21 @@ class RewardModelTrainer(TrainerRole):
             model = ScalarModel(adapted.get_base_model(), model.head)
         self.scalar = model
         super().__init__(world, config, policy, model, total_steps)
+
+    @classmethod
+    def check(cls, config: RewardModelConfig, model_path: str, total_steps: int) -> None:
+        """Raise what the constructor would raise of the configuration; no weight is read.
+
+        Raises:
+            InputRefused: see `rayrlhf.models.skeleton`.
+        """
+        policy = config.policy
+        check_saved_whole(policy)
+        backbone = bare_backbone(model_path, policy, cls.role)
+        scorer_class(backbone.config, model_path)
+        check_training(backbone, policy, cls.role)
+        if policy.lora is not None:
+            add_lora(backbone, policy.lora, config.seed)
 
     def scores(self, batch: Batch) -> Batch:
         """Sample column ``score``, float32 [S], of any samples."""
@@ -101,10 +123,13 @@ class RewardModelTrainer(TrainerRole):
 
     def save_model(
         self, folder: str, mean: float = 0.0, deviation: float = 1.0, padding: Padding | None = None
-    ) -> None:
+    ) -> dict[str, int]:
         """Write a Hugging Face sequence-classification folder whose scores are (score - mean) / deviation.
 
         All ranks call it. Adapters are merged. See `save_reward_folder` for where mean, deviation and padding go.
+
+        Returns:
+            Of rank 0, which writes: bytes by the file's name. Of others nothing.
 
         Raises:
             RunFailed: where the merged model's scores aren't those of the model with its adapters; or where the weights
@@ -137,3 +162,4 @@ class RewardModelTrainer(TrainerRole):
             expected = (raw - mean) / deviation
             checked = Checked("scores", expected, lambda where: merged_scores(where, dtype, trust), dtype)
             write_checked(Path(folder), write, checked)
+        return sizes_on_disk(Path(folder)) if self.world.rank == 0 else {}

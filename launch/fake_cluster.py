@@ -23,6 +23,13 @@ from ray.cluster_utils import Cluster
 STORE_BYTES = 100 << 20
 """Object store of each node; Ray's smallest is 75 MB."""
 
+QUICK = {
+    # No idle workers for tasks, one a CPU of each node: roles are actors, and come with processes of their own.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
 
 def main() -> None:
     """Start the nodes, say where they are, and wait."""
@@ -31,6 +38,8 @@ def main() -> None:
     options.add_argument("--port", type=int, default=8265, help="port of the dashboard")
     options.add_argument("--cpus", type=int, default=4, help="CPUs that each node says it has")
     given = options.parse_args()
+    for name, value in QUICK.items():
+        os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A folder of its own: Ray takes the cluster that was started last in a folder for the one that is meant.
     with tempfile.TemporaryDirectory(prefix="rayfake-", ignore_cleanup_errors=True) as folder:

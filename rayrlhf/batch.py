@@ -9,14 +9,16 @@ driver hands batches from role to role without ever holding their tensors.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "BatchError", "Deferred", "Source"]
+__all__ = ["Batch", "BatchError", "Deferred", "Rows", "Source"]
 
 
 class BatchError(ValueError):
@@ -30,55 +32,69 @@ class Source(Protocol):
         """The column's values: a tensor [T of the source, ...] for tokens, else a tensor or list [S of the source]."""
 
 
-@dataclass(frozen=True)
-class Deferred:
-    """A column whose samples lie in one or several sources.
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which samples of which sources a column has: sample i is ``local[i]`` of source ``piece[i]`` (both int64 [S]).
 
-    Sample i of the column is sample ``local[i]`` of source ``sources[piece[i]]``, whose own offsets are
-    ``offsets[piece[i]]`` (None for a sample column).
+    Columns that came together share one of these, so that a selection is worked out once for all of them. They are arrays
+    of numpy: a driver works on few numbers at a time, and there torch takes several times as long.
     """
+
+    piece: np.ndarray
+    local: np.ndarray
+    sources: int
+
+    @classmethod
+    def whole(cls, samples: int) -> Rows:
+        """All samples of one source, in its order."""
+        return cls(np.zeros(samples, np.int64), np.arange(samples), 1)
+
+    def select(self, indices: np.ndarray) -> tuple[Rows, list[int]]:
+        """The samples ``indices`` of these, and the sources that they still need."""
+        piece, local = self.piece[indices], self.local[indices]
+        # A selection of nothing keeps a source, which says what kind of column it is.
+        if self.sources == 1 or not len(indices):
+            return Rows(piece, local, 1), [0]
+        used, piece = np.unique(piece, return_inverse=True)
+        needed = used.tolist()
+        return Rows(piece, local, len(needed)), needed
+
+    @staticmethod
+    def concat(parts: Sequence[Rows]) -> Rows:
+        """The rows of several columns one after the other, and their sources likewise."""
+        shifts = [0, *itertools.accumulate(part.sources for part in parts)]
+        piece = np.concatenate([part.piece + shift for part, shift in zip(parts, shifts, strict=False)])
+        return Rows(piece, np.concatenate([part.local for part in parts]), shifts[-1])
+
+    def is_whole(self) -> bool:
+        return self.sources == 1 and np.array_equal(self.local, np.arange(len(self.local)))
+
+
+@dataclass(frozen=True, eq=False)
+class Deferred:
+    """A column whose samples lie in one or several sources; source k's own offsets are ``offsets[k]`` (None for a sample
+    column)."""
 
     sources: tuple[Source, ...]
     offsets: tuple[Tensor | None, ...]
-    piece: Tensor
-    local: Tensor
+    rows: Rows
 
     @classmethod
-    def whole(cls, source: Source, samples: int, offsets: Tensor | None) -> Deferred:
-        """A column that is all of one source, in its order."""
-        return cls((source,), (offsets,), torch.zeros(samples, dtype=torch.int64), torch.arange(samples))
+    def whole(cls, source: Source, rows: Rows, offsets: Tensor | None) -> Deferred:
+        """A column that lies in one source."""
+        return cls((source,), (offsets,), rows)
 
-    def select(self, indices: Tensor) -> Deferred:
-        piece, local = self.piece[indices], self.local[indices]
-        # A selection of nothing keeps a source, which says what kind of column it is.
-        used = torch.unique(piece) if len(piece) else torch.zeros(1, dtype=torch.int64)
-        renumbered = torch.zeros(len(self.sources), dtype=torch.int64)
-        renumbered[used] = torch.arange(len(used))
-        keep = used.tolist()
-        return Deferred(
-            tuple(self.sources[k] for k in keep), tuple(self.offsets[k] for k in keep), renumbered[piece], local
-        )
-
-    @staticmethod
-    def concat(columns: Sequence[Deferred]) -> Deferred:
-        shifts = [0]
-        for column in columns:
-            shifts.append(shifts[-1] + len(column.sources))
-        return Deferred(
-            tuple(s for c in columns for s in c.sources),
-            tuple(o for c in columns for o in c.offsets),
-            torch.cat([c.piece + shift for c, shift in zip(columns, shifts, strict=False)]),
-            torch.cat([c.local for c in columns]),
-        )
+    def keep(self, sources: Sequence[int], rows: Rows) -> Deferred:
+        """Other rows of those of the sources that they need."""
+        return Deferred(tuple(self.sources[k] for k in sources), tuple(self.offsets[k] for k in sources), rows)
 
     def fetch(self) -> Any:
         """The values, in this column's order."""
         values = [source.fetch() for source in self.sources]
-        if len(values) == 1 and torch.equal(self.local, torch.arange(len(self.local))):
-            first = self.offsets[0]
-            if len(self.local) == (len(values[0]) if first is None else len(first) - 1):
-                return values[0]
-        pairs = list(zip(self.piece.tolist(), self.local.tolist(), strict=True))
+        first = self.offsets[0]
+        if self.rows.is_whole() and len(self.rows.local) == (len(values[0]) if first is None else len(first) - 1):
+            return values[0]
+        pairs = list(zip(self.rows.piece.tolist(), self.rows.local.tolist(), strict=True))
         if isinstance(values[0], list):
             return [values[p][k] for p, k in pairs]
         if self.offsets[0] is None:
@@ -90,13 +106,16 @@ class Deferred:
 Column = Tensor | list | Deferred
 
 
-def _gather_spans(offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat positions of the tokens of samples ``indices``, and the offsets of the selection."""
-    starts, lengths = offsets[indices], offsets[indices + 1] - offsets[indices]
-    selected = torch.zeros(len(indices) + 1, dtype=torch.int64)
-    selected[1:] = torch.cumsum(lengths, 0)
-    shift = torch.repeat_interleave(starts - selected[:-1], lengths)
-    return torch.arange(int(selected[-1])) + shift, selected
+def _offsets(lengths: np.ndarray) -> Tensor:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return torch.from_numpy(offsets)
+
+
+def _flat(offsets: Tensor, indices: Tensor, selected: Tensor) -> Tensor:
+    """Flat positions of the tokens of samples ``indices``, whose offsets in the selection are ``selected``."""
+    shift = torch.repeat_interleave(offsets[indices] - selected[:-1], selected[1:] - selected[:-1])
+    return torch.arange(int(selected[-1])) + shift
 
 
 class Batch:
@@ -120,8 +139,10 @@ class Batch:
             raise BatchError(f"columns {sorted(both)} are given both for tokens and for samples")
         for columns, size, kind in ((self._token, self.num_tokens, "tokens"), (self._sample, len(self), "samples")):
             for name, column in columns.items():
-                found = len(column.local) if isinstance(column, Deferred) else len(column)
-                expected = len(self) if isinstance(column, Deferred) else size
+                if isinstance(column, Deferred):
+                    found, expected = len(column.rows.local), len(self)
+                else:
+                    found, expected = len(column), size
                 if found != expected:
                     raise BatchError(f"column {name!r} has {found} entries where the batch has {size} {kind}")
 
@@ -135,15 +156,14 @@ class Batch:
         for name, found in lengths.items():
             if found != expected:
                 raise BatchError(f"the samples of column {name!r} have {found} tokens, those of {first!r} {expected}")
-        offsets = torch.zeros(len(expected) + 1, dtype=torch.int64)
-        offsets[1:] = torch.cumsum(torch.tensor(expected, dtype=torch.int64), 0)
+        offsets = _offsets(np.array(expected))
         return cls(offsets, {name: torch.cat(list(column)) for name, column in token.items()}, sample)
 
     # -- what is in it ------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """S, the number of samples."""
-        return len(self.offsets) - 1
+        return self.offsets.shape[0] - 1
 
     def keys(self) -> list[str]:
         return [*self._token, *self._sample]
@@ -223,14 +243,21 @@ class Batch:
         if len(index) and (index.dtype == torch.bool or index.is_floating_point()):
             raise BatchError(f"select takes the positions of samples as integers, not {index.dtype}")
         index = index.to(torch.int64)
-        outside = index[(index < 0) | (index >= len(self))].tolist()
-        if outside:
-            raise BatchError(f"samples {outside} aren't in a batch of {len(self)}")
-        flat, offsets = _gather_spans(self.offsets, index)
+        chosen, ends = index.numpy(), self.offsets.numpy()
+        outside = (chosen < 0) | (chosen >= len(self))
+        if outside.any():
+            raise BatchError(f"samples {chosen[outside].tolist()} aren't in a batch of {len(self)}")
+        offsets = _offsets(ends[chosen + 1] - ends[chosen])
+        concrete = any(not isinstance(column, Deferred) for column in self._token.values())
+        flat = _flat(self.offsets, index, offsets) if concrete else index
+        selected: dict[int, tuple[Rows, list[int]]] = {}
 
         def take(column: Column, where: Tensor) -> Column:
             if isinstance(column, Deferred):
-                return column.select(index)
+                if id(column.rows) not in selected:
+                    selected[id(column.rows)] = column.rows.select(chosen)
+                rows, sources = selected[id(column.rows)]
+                return column.keep(sources, rows)
             return [column[i] for i in where.tolist()] if isinstance(column, list) else column[where]
 
         return Batch(
@@ -253,18 +280,22 @@ class Batch:
             differing = names ^ {(name, batch.is_token_column(name)) for name in batch.keys()}
             if differing:
                 raise BatchError(f"batches differ in the columns {sorted({name for name, _ in differing})}")
-        offsets = torch.zeros(sum(len(b) for b in batches) + 1, dtype=torch.int64)
-        offsets[1:] = torch.cumsum(torch.cat([b.lengths for b in batches]), 0)
+        joined: dict[tuple[int, ...], Rows] = {}
         return Batch(
-            offsets,
-            {name: _join([b._token[name] for b in batches], batches, name) for name in batches[0]._token},
-            {name: _join([b._sample[name] for b in batches], batches, name) for name in batches[0]._sample},
+            _offsets(np.concatenate([np.diff(b.offsets.numpy()) for b in batches])),
+            {name: _join([b._token[name] for b in batches], batches, name, joined) for name in batches[0]._token},
+            {name: _join([b._sample[name] for b in batches], batches, name, joined) for name in batches[0]._sample},
         )
 
 
-def _join(columns: list[Column], batches: Sequence[Batch], name: str) -> Column:
-    if all(isinstance(c, Deferred) for c in columns):
-        return Deferred.concat(columns)  # type: ignore[arg-type]
+def _join(columns: list[Column], batches: Sequence[Batch], name: str, joined: dict[tuple[int, ...], Rows]) -> Column:
+    deferred = [column for column in columns if isinstance(column, Deferred)]
+    if len(deferred) == len(columns):
+        key = tuple(id(column.rows) for column in deferred)
+        if key not in joined:
+            joined[key] = Rows.concat([column.rows for column in deferred])
+        sources, offsets = [c.sources for c in deferred], [c.offsets for c in deferred]
+        return Deferred(tuple(itertools.chain(*sources)), tuple(itertools.chain(*offsets)), joined[key])
     values = [b[name] for b in batches]
     if isinstance(values[0], list):
         return [entry for column in values for entry in column]

@@ -243,6 +243,13 @@ def submit(
             help="Environment variable of the job and its roles; NAME alone takes its value here. Ray's dashboard knows it.",
         ),
     ] = None,
+    stop_seconds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            help="What the job has to save its last whole step when it is stopped: as long as a checkpoint takes. Default: 60.",
+        ),
+    ] = None,
     follow: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="JOB", help="Watch a job that was submitted before; takes no CONFIG."),
@@ -267,6 +274,7 @@ def submit(
             wait=wait,
             env=env or [],
             follow=follow,
+            stop_seconds=stop_seconds,
         )
         if left is not None:
             _complain(left)

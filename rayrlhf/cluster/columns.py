@@ -7,6 +7,7 @@ without a copy; a column that is touched is copied once, for the store's memory 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import ray
 import torch
 from torch import Tensor
 
-from rayrlhf.batch import Batch, Deferred
+from rayrlhf.batch import Batch, Deferred, Rows
 
 __all__ = ["Block", "RayColumns", "WireBatch", "from_wire", "refer", "stage", "to_wire", "to_wire_value"]
 
@@ -98,84 +99,96 @@ def stage(batch: Batch) -> Batch:
     small: dict[str, Any] = {name: column for name, column in sample.items() if not isinstance(column, Deferred)}
     if sum(column.nbytes for column in whole.values()) <= SMALL_BYTES:
         small, whole = small | whole, {}
+    rows = Rows.whole(len(batch))
     if small:
         block = _put(small)
-        sample.update({n: Deferred.whole(RayColumns(block, n), len(batch), None) for n in small if n in sample})
-        token.update({n: Deferred.whole(RayColumns(block, n), len(batch), batch.offsets) for n in small if n in token})
+        sample.update({n: Deferred.whole(RayColumns(block, n), rows, None) for n in small if n in sample})
+        token.update({n: Deferred.whole(RayColumns(block, n), rows, batch.offsets) for n in small if n in token})
     for name, column in whole.items():
-        token[name] = Deferred.whole(RayColumns(_put({name: column}), name), len(batch), batch.offsets)
+        token[name] = Deferred.whole(RayColumns(_put({name: column}), name), rows, batch.offsets)
     return Batch(batch.offsets, token, sample)
 
 
 # -- what travels -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _WireColumn:
-    sources: tuple
-    offsets: tuple[int | None, ...]  # where each array stands in the pool
-    piece: int
-    local: int
-
-
-@dataclass(frozen=True)
 class WireBatch:
-    """A batch of references as numpy arrays, each distinct one once: columns mostly share their indices.
+    """A batch of references, as few objects as pickle can tell apart: each costs the driver some microseconds.
 
-    ``token`` and ``sample`` hold None for a column whose values travel apart, in the order of the samples.
+    Args:
+        numbers: all index arrays of the batch (int64), one after the other, each distinct one once; its offsets first.
+        lengths: how long each of them is.
+        refs: the objects of the store.
+        columns: for each column its name, whether it is a token column, for each source the object it is in and the place
+            of its offsets among the index arrays (None for a sample column), and the places of piece and local. The last
+            two are None for a column whose values travel apart, in the order of the samples.
     """
 
-    offsets: np.ndarray
-    pool: list[np.ndarray]
-    token: dict[str, _WireColumn | None]
-    sample: dict[str, _WireColumn | None]
+    __slots__ = ("columns", "lengths", "numbers", "refs")
+
+    def __init__(self, numbers: bytes, lengths: list[int], refs: list[ray.ObjectRef], columns: list[tuple]):
+        self.numbers, self.lengths, self.refs, self.columns = numbers, lengths, refs, columns
+
+    def __reduce__(self) -> tuple:
+        return WireBatch, (self.numbers, self.lengths, self.refs, self.columns)
+
+
+class _Distinct:
+    """Things in the order in which they first came, each once."""
+
+    def __init__(self) -> None:
+        self.things: list[Any] = []
+        self._places: dict[int, int] = {}
+
+    def place(self, thing: Any) -> int:
+        found = self._places.setdefault(id(thing), len(self.things))
+        if found == len(self.things):
+            self.things.append(thing)
+        return found
 
 
 def to_wire(batch: Batch) -> tuple[WireBatch, dict[str, Any]]:
     """A batch as a message, and its concrete columns, packed, which travel apart."""
-    pool: list[np.ndarray] = []
-    place: dict[bytes, int] = {}
+    arrays, blocks = _Distinct(), _Distinct()
     apart: dict[str, Any] = {}
-
-    def pooled(tensor: Tensor) -> int:
-        array = tensor.numpy()
-        key = array.tobytes()
-        if key not in place:
-            place[key] = len(pool)
-            pool.append(array)
-        return place[key]
-
-    def encode(columns: Mapping[str, Any]) -> dict[str, _WireColumn | None]:
-        encoded: dict[str, _WireColumn | None] = {}
-        for name, column in columns.items():
-            if isinstance(column, Deferred):
-                offsets = tuple(None if o is None else pooled(o) for o in column.offsets)
-                encoded[name] = _WireColumn(column.sources, offsets, pooled(column.piece), pooled(column.local))
-            else:
-                encoded[name], apart[name] = None, _pack(column)
-        return encoded
-
+    columns: list[tuple] = []
+    arrays.place(batch.offsets)
     token, sample = batch.columns()
-    return WireBatch(batch.offsets.numpy(), pool, encode(token), encode(sample)), apart
+    for name, column, is_token in [(n, c, True) for n, c in token.items()] + [(n, c, False) for n, c in sample.items()]:
+        if isinstance(column, Deferred):
+            sources = [(blocks.place(source.block), source.name) for source in column.sources]  # type: ignore[attr-defined]
+            offsets = [None if o is None else arrays.place(o) for o in column.offsets]
+            rows = (arrays.place(column.rows.piece), arrays.place(column.rows.local))
+            columns.append((name, is_token, sources, offsets, rows))
+        else:
+            apart[name] = _pack(column)
+            columns.append((name, is_token, None, None, None))
+    numbers = b"".join([np.asarray(array).tobytes() for array in arrays.things])
+    refs = [block.ref for block in blocks.things]
+    return WireBatch(numbers, [array.shape[0] for array in arrays.things], refs, columns), apart
 
 
 def from_wire(wire: WireBatch, apart: Block | None = None) -> Batch:
     """The batch of a message: every column deferred. ``apart`` holds the columns which travelled apart."""
-    offsets = torch.from_numpy(wire.offsets.copy())
-    pool = [torch.from_numpy(array.copy()) for array in wire.pool]
-
-    def decode(columns: Mapping[str, _WireColumn | None], own_offsets: Tensor | None) -> dict[str, Deferred]:
-        decoded = {}
-        for name, column in columns.items():
-            if column is None:
-                assert apart is not None
-                decoded[name] = Deferred.whole(RayColumns(apart, name), len(offsets) - 1, own_offsets)
-            else:
-                theirs = tuple(None if o is None else pool[o] for o in column.offsets)
-                decoded[name] = Deferred(column.sources, theirs, pool[column.piece], pool[column.local])
-        return decoded
-
-    return Batch(offsets, decode(wire.token, offsets), decode(wire.sample, None))
+    numbers, ends = np.frombuffer(bytearray(wire.numbers), np.int64), [0, *itertools.accumulate(wire.lengths)]
+    arrays = [numbers[start:end] for start, end in itertools.pairwise(ends)]
+    blocks = [Block(ref) for ref in wire.refs]
+    tensors = [torch.from_numpy(array) for array in arrays]
+    offsets, all_rows = tensors[0], Rows.whole(wire.lengths[0] - 1)
+    shared: dict[tuple[int, int], Rows] = {}
+    token: dict[str, Any] = {}
+    sample: dict[str, Any] = {}
+    for name, is_token, sources, places, rows in wire.columns:
+        if sources is None:
+            assert apart is not None
+            column = Deferred.whole(RayColumns(apart, name), all_rows, offsets if is_token else None)
+        else:
+            if rows not in shared:
+                shared[rows] = Rows(arrays[rows[0]], arrays[rows[1]], len(sources))
+            theirs = tuple(None if place is None else tensors[place] for place in places)
+            column = Deferred(tuple(RayColumns(blocks[k], source) for k, source in sources), theirs, shared[rows])
+        (token if is_token else sample)[name] = column
+    return Batch(offsets, token, sample)
 
 
 def refer(batch: Batch) -> WireBatch:

@@ -41,6 +41,11 @@ class Group(ABC):
     shards: int
     """Parts into which samples are split: ranks that work on the same samples count once."""
 
+    @property
+    @abstractmethod
+    def addresses(self) -> list[str]:
+        """The machine of each rank."""
+
     @abstractmethod
     def submit(self, method: str, batch: Batch, *, timeout_s: float | None = None, **kwargs: Any) -> Pending:
         """Run ``role.method(shard, **kwargs)`` on each rank, the samples split over the ranks by token count.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rayrlhf.batch import Batch
+from rayrlhf.cluster.check import check_role
 from rayrlhf.cluster.clock import BusyClock
 from rayrlhf.cluster.errors import START, Failure, RoleFailed
 from rayrlhf.cluster.group import Group, Pending, check_chunk, check_new_columns
@@ -44,6 +46,10 @@ class InlineGroup(Group):
         self.name = name
         self._role: Any = role
         self._clock = BusyClock()
+
+    @property
+    def addresses(self) -> list[str]:
+        return [socket.gethostname()]
 
     def submit(self, method: str, batch: Batch, *, timeout_s: float | None = None, **kwargs: Any) -> Pending:
         def run() -> Batch:
@@ -117,7 +123,8 @@ def start_inline(specs: Sequence[RoleSpec], settings: ClusterConfig) -> dict[str
 
     Raises:
         InputRefused: where a role has several ranks, or several GPUs for one.
-        RoleFailed: where a constructor raises; chained to its exception.
+        RoleFailed: where a role's check, which all pass before any is built, or its constructor raises; chained to its
+            exception.
     """
     several = [
         f"{spec.name}: {spec.ranks} ranks; cluster.executor=inline has one process, so ranks must be 1"
@@ -132,10 +139,13 @@ def start_inline(specs: Sequence[RoleSpec], settings: ClusterConfig) -> dict[str
     if several:
         raise InputRefused(several)
     for spec in specs:
-        for name, value in process_env(spec, settings).items():
+        for name, value in process_env(spec, settings, thread_count(settings)).items():
             os.environ.setdefault(name, value)
     groups: dict[str, Group] = {}
     try:
+        for spec in specs:
+            with _told(spec):
+                check_role(spec.build, spec.kwargs)
         for spec in specs:
             groups[spec.name] = InlineGroup(spec.name, _build(spec, settings))
     except BaseException:
@@ -150,7 +160,14 @@ def _build(spec: RoleSpec, settings: ClusterConfig) -> Any:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     world = World(0, 1, "127.0.0.1", port, settings.device, thread_count(settings))
-    try:
+    with _told(spec):
         return load_class(spec.build)(world=world, **spec.kwargs)
+
+
+@contextmanager
+def _told(spec: RoleSpec) -> Iterator[None]:
+    """Within it an exception is told as that of the role's start."""
+    try:
+        yield
     except Exception as error:
         raise RoleFailed.raised(spec.name, 0, START, Failure.of(error)) from error

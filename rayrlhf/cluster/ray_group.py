@@ -49,6 +49,11 @@ class ActorGroup(Group):
         """Process ids of the ranks, each on its own node."""
         return [info.pid for info in self._members.infos if info is not None]
 
+    @property
+    def addresses(self) -> list[str]:
+        """The machine of each rank."""
+        return [info.address for info in self._members.infos if info is not None]
+
     def submit(self, method: str, batch: Batch, *, timeout_s: float | None = None, **kwargs: Any) -> Pending:
         self._check_usable()
         parts = split_by_tokens(batch.lengths.tolist(), self.shards)
@@ -56,7 +61,7 @@ class ActorGroup(Group):
         shards = [staged if self.shards == 1 else staged.select(part) for part in parts]
         arguments = {name: to_wire_value(value) for name, value in kwargs.items()}
         refs = [
-            handle.run.options(num_returns=2).remote(method, refer(shards[rank // self._ranks_per_shard]), arguments)
+            handle.run.remote(method, refer(shards[rank // self._ranks_per_shard]), arguments)
             for rank, handle in enumerate(self._handles)
         ]
 
@@ -74,7 +79,7 @@ class ActorGroup(Group):
     def broadcast_async(self, method: str, *, timeout_s: float | None = None, **kwargs: Any) -> Pending:
         self._check_usable()
         arguments = {name: to_wire_value(value) for name, value in kwargs.items()}
-        refs = [handle.run.options(num_returns=2).remote(method, None, arguments) for handle in self._handles]
+        refs = [handle.run.remote(method, None, arguments) for handle in self._handles]
 
         def merge(answers: list[Any], blocks: list[Block]) -> list[Any]:
             pairs = zip(answers, blocks, strict=True)
@@ -110,8 +115,7 @@ class ActorGroup(Group):
     ) -> Iterator[Batch]:
         arguments = {name: to_wire_value(value) for name, value in kwargs.items()}
         generators = [
-            handle.stream.options(num_returns="streaming").remote(method, batch, arguments)
-            for handle, batch in zip(self._handles, batches, strict=True)
+            handle.stream.remote(method, batch, arguments) for handle, batch in zip(self._handles, batches, strict=True)
         ]
         deadlines = [Deadline(timeout_s, self._call_timeout_s) for _ in generators]
         return RayStream(self._members, method, generators, deadlines)

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
 
 from rayrlhf.batch import Batch
-from rayrlhf.cluster.columns import Block, from_wire
+from rayrlhf.cluster.columns import Block, WireBatch, from_wire
 from rayrlhf.cluster.errors import Failure, RoleFailed
 from rayrlhf.cluster.group import Pending
 from rayrlhf.cluster.nodes import lost_nodes
@@ -27,6 +27,10 @@ peer"), and their errors may arrive before its own."""
 
 LOOK_SECONDS = 0.05
 """How long a failure of one rank may go unnoticed while others are waited for."""
+
+
+TOGETHER_SECONDS = 0.002
+"""How long what one rank has streamed may wait for what others stream at about the same time."""
 
 
 class Deadline:
@@ -222,55 +226,61 @@ class RayStream(Iterator[Batch]):
         self._generators = dict(enumerate(generators))
         self._deadlines = deadlines
         self._columns: dict[int, ray.ObjectRef] = {}
-        self._ready: deque[int] = deque()
+        self._batches: deque[Batch] = deque()
+        self._error: RoleFailed | None = None
 
     def __next__(self) -> Batch:
-        while self._generators:
-            if not self._ready:
-                self._ready = self._wait()
-            rank = self._ready.popleft()
-            batch = self._take(rank)
-            if batch is not None:
-                return batch
+        while not self._batches and self._error is None and self._generators:
+            self._advance(self._wait())
+        if self._batches:
+            return self._batches.popleft()
+        if self._error is not None:
+            raise self._error
         raise StopIteration
 
-    def _wait(self) -> deque[int]:
+    def _wait(self) -> list[int]:
         """Ranks with something to take, in their order; waits for the first of them."""
         generators = self._generators
-        ready, _ = ray.wait(list(generators.values()), num_returns=len(generators), timeout=0, fetch_local=False)
-        if not ready:
-            left = min(self._deadlines[rank].left() for rank in generators)
-            ready, _ = ray.wait(list(generators.values()), num_returns=1, timeout=left, fetch_local=False)
+        waiting = list(generators.values())
+        left = min(self._deadlines[rank].left() for rank in generators)
+        ready, _ = ray.wait(waiting, num_returns=1, timeout=left, fetch_local=False)
         if not ready:
             rank = min(generators, key=lambda r: self._deadlines[r].end)
-            self._generators = {}
-            raise self._members.late(rank, self._method, self._deadlines[rank])
+            self._end(self._members.late(rank, self._method, self._deadlines[rank]))
+            return []
+        if (
+            len(waiting) > 1
+        ):  # Ray goes through all of the list each time: what comes at about this time is taken with it
+            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=TOGETHER_SECONDS, fetch_local=False)
         found = {id(generator) for generator in ready}
-        return deque(rank for rank, generator in generators.items() if id(generator) in found)
+        return [rank for rank, generator in generators.items() if id(generator) in found]
 
-    def _take(self, rank: int) -> Batch | None:
-        """The next object of a rank: columns are held until the rest of their batch is there."""
-        try:
-            ref = next(self._generators[rank])
-        except StopIteration:
-            del self._generators[rank]
-            if rank in self._columns:  # the stream broke off: what came last is an error, not columns
-                self._fail(rank, answer(self._columns.pop(rank)))
-            return None
-        if rank not in self._columns:
-            self._columns[rank] = ref
-            return None
-        columns, wire = self._columns.pop(rank), answer(ref)
-        if is_failure(wire):
-            self._fail(rank, wire)
-        self._deadlines[rank].restart()
-        return from_wire(wire, Block(columns))
+    def _advance(self, ranks: Sequence[int]) -> None:
+        """Take the next object of each of these ranks: columns are held until the rest of their batch is there."""
+        rests: dict[int, ray.ObjectRef] = {}
+        for rank in ranks:
+            try:
+                ref = next(self._generators[rank])
+            except StopIteration:
+                del self._generators[rank]
+                if rank in self._columns:  # the stream broke off: what came last is an error, not columns
+                    rests[rank] = self._columns[rank]
+                continue
+            if rank in self._columns:
+                rests[rank] = ref
+            else:
+                self._columns[rank] = ref
+        for rank, value in zip(rests, answers(list(rests.values())), strict=True):
+            if is_failure(value) or not isinstance(value, WireBatch):
+                problem = value if is_failure(value) else RayError("the stream broke off")
+                self._end(self._members.failed(rank, self._method, problem))
+                return
+            self._deadlines[rank].restart()
+            self._batches.append(from_wire(value, Block(self._columns.pop(rank))))
 
-    def _fail(self, rank: int, problem: Any) -> None:
-        if not is_failure(problem):
-            problem = RayError("the stream broke off")
-        self._generators = {}
-        raise self._members.failed(rank, self._method, problem)
+    def _end(self, error: RoleFailed) -> None:
+        """No more is taken; what has been is handed out before the error."""
+        self._generators, self._error = {}, error
 
 
 def ask_quietly(refs: Sequence[ray.ObjectRef], seconds: float) -> None:

@@ -9,7 +9,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rayrlhf.cluster import session
 from rayrlhf.cluster.nodes import Node, NodeWatch, free_gpus, live_nodes
 from rayrlhf.cluster.ray_holders import holders
 from rayrlhf.cluster.ray_pending import Deadline, answer, is_failure
@@ -79,33 +80,47 @@ class Reservation:
         _remove(groups.values())
 
 
-def reserve(claims: Sequence[Claim], sharing: Sharing, settings: ClusterConfig) -> Reservation:
+def reserve(
+    claims: Sequence[Claim], sharing: Sharing, settings: ClusterConfig, tell: Callable[[str], object] | None = None
+) -> Reservation:
     """Find and hold GPUs for all roles.
 
+    Machines that may yet join, and GPUs that others hold, are waited for until cluster.placement_timeout_s.
+
+    Args:
+        tell: gets a line about what is waited for, as soon as that is known; by default it goes to the log alone.
+
     Raises:
-        InputRefused: where the cluster is too small for them, whoever holds what.
-        RunFailed: where others hold them until cluster.placement_timeout_s, with what is asked for, what is free and who
-            holds the rest; nothing is held then.
+        InputRefused: where the cluster is too small for them, whoever holds what: at once where no machine can join.
+        RunFailed: where others hold them until the deadline, with what is asked for, what is free and who holds the rest;
+            nothing is held then.
     """
     deadline = Deadline(None, settings.placement_timeout_s, "cluster.placement_timeout_s")
-    nodes = live_nodes()
-    _assign(claims, sharing, settings, nodes, {node.id: node.gpus for node in nodes})
+    if named := machines_of(settings):
+        place(claims, sharing, named)  # raises where the machines that are planned would be too few
+    may_grow = not session.is_private() and (settings.address is not None or len(named) > 1)
+    tell = tell or (lambda line: log.warning("%s", line))
     chance = random.Random(os.urandom(8))
-    waited = False
+    enough, told = False, ""
     while True:
-        found = _assign_free(claims, sharing, settings, nodes)
-        if found is not None:
-            groups = _attempt(*found, deadline)
-            if groups is not None:
+        nodes, found = live_nodes(), None
+        missing = _missing(claims, sharing, settings, nodes)
+        if missing is None:
+            enough = True
+            found = _assign_free(claims, sharing, settings, nodes)
+            groups = None if found is None else _attempt(*found, deadline)
+            if found is not None and groups is not None:
                 return _reservation(*found, groups, settings)
+        elif not (enough or may_grow):
+            raise InputRefused(missing)
         if deadline.left() == 0:
-            raise RunFailed(_busy(claims, sharing, settings, nodes, deadline))
-        if not waited:
-            waited = True
-            log.warning("waiting up to %g s for GPUs:%s", deadline.left(), _state(nodes))
+            raise _too_late(claims, sharing, settings, nodes, deadline, missing, enough)
+        waits_for = "GPUs" if missing is None else "; ".join(missing)
+        if waits_for != told:
+            told = waits_for
+            tell(_waiting(deadline, missing, nodes))
         pause = PAUSE_SECONDS[0] if found is None else chance.uniform(*PAUSE_SECONDS)
         time.sleep(min(pause, deadline.left()))
-        nodes = live_nodes()
 
 
 # -- which machine of the plan is which node --------------------------------------------------------------------------
@@ -149,6 +164,17 @@ def _assign(
         replace(machine, name=matched[m].name) if m in matched else machine for m, machine in enumerate(named)
     )
     return replace(placement, machines=machines), matched
+
+
+def _missing(
+    claims: Sequence[Claim], sharing: Sharing, settings: ClusterConfig, nodes: Sequence[Node]
+) -> list[str] | None:
+    """What the machines that are there lack, whoever holds what; None: they are enough."""
+    try:
+        _assign(claims, sharing, settings, nodes, {node.id: node.gpus for node in nodes})
+    except InputRefused as refused:
+        return refused.problems
+    return None
 
 
 def _assign_free(
@@ -284,26 +310,54 @@ def _listed(nodes: Sequence[Node]) -> str:
     return ", ".join(f"{node.name}: {node.gpus}" for node in nodes) or "no node answers"
 
 
-def _state(nodes: Sequence[Node]) -> str:
-    """A line a node with GPUs, and one for each that holds some."""
+def _state(nodes: Sequence[Node]) -> list[str]:
+    """Each node with GPUs, and what holds some."""
     free = free_gpus(nodes)
     lines = [f"{node.name}: {free[node.id]} of {node.gpus} GPUs free" for node in nodes if node.gpus]
-    return "".join(f"\n  {line}" for line in [*lines, *holders(nodes, free)])
+    return [*lines, *holders(nodes, free)]
+
+
+def _waiting(deadline: Deadline, missing: Sequence[str] | None, nodes: Sequence[Node]) -> str:
+    """One line for who sits before the terminal."""
+    if missing is None:
+        return f"waiting up to {deadline.left():.0f} s for GPUs: {'; '.join(_state(nodes))}"
+    return f"waiting up to {deadline.left():.0f} s for machines to join the Ray cluster: {'; '.join(missing)}"
+
+
+def _too_late(
+    claims: Sequence[Claim],
+    sharing: Sharing,
+    settings: ClusterConfig,
+    nodes: Sequence[Node],
+    deadline: Deadline,
+    missing: Sequence[str] | None,
+    enough: bool,
+) -> Exception:
+    """Why nothing is held at the deadline.
+
+    Args:
+        missing: what the machines that are there lack.
+        enough: there were enough of them for a while.
+    """
+    if missing is None:
+        return RunFailed(_busy(claims, sharing, settings, nodes, deadline))
+    if enough:
+        return RunFailed(f"nodes left the cluster while this run waited for GPUs: {'; '.join(missing)}")
+    waited = f"no more machines joined within {deadline.seconds:g} s (deadline {deadline.origin})"
+    return InputRefused([f"{problem}; {waited}" for problem in missing])
 
 
 def _busy(
     claims: Sequence[Claim], sharing: Sharing, settings: ClusterConfig, nodes: Sequence[Node], deadline: Deadline
 ) -> str:
-    try:
-        placement, _ = _assign(claims, sharing, settings, nodes, {node.id: node.gpus for node in nodes})
-    except InputRefused as error:  # what there was at the beginning has left
-        return f"nodes left the cluster while this run waited for GPUs: {error}"
+    placement, _ = _assign(claims, sharing, settings, nodes, {node.id: node.gpus for node in nodes})
     each = " + ".join(str(count) for count in _used(placement).values())
     total = sum(_used(placement).values())
     asked = ", ".join(f"{c.role} {c.processes}" + (f" x {c.gpus}" if c.gpus > 1 else "") for c in claims if c.gpus)
     on = f"{each} on so many machines" if "+" in each else "on one machine"
+    state = "".join(f"\n  {line}" for line in _state(nodes))
     return (
         f"{total} GPUs ({on}: {asked}) were not free at the same time within {deadline.seconds:g} s (deadline "
-        f"{deadline.origin}):{_state(nodes)}\n"
+        f"{deadline.origin}):{state}\n"
         "Wait until they are given back, end what holds them, or raise cluster.placement_timeout_s"
     )

@@ -10,18 +10,20 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+import torch
 
 from rayrlhf.batch import Batch
+from rayrlhf.cluster.check import check_role
 from rayrlhf.cluster.clock import BusyClock
 from rayrlhf.cluster.columns import WireBatch, from_wire, to_wire
 from rayrlhf.cluster.errors import Failure
 from rayrlhf.cluster.group import check_chunk, check_new_columns
 from rayrlhf.cluster.ray_share import RemoteShare, WireShare
-from rayrlhf.cluster.spec import load_class
+from rayrlhf.cluster.spec import THREADS_VARIABLE, load_class, usable_cores
 from rayrlhf.models.world import World
 
 __all__ = ["ProcessInfo", "RoleProcess"]
@@ -46,9 +48,18 @@ class ProcessInfo:
 
 
 class RoleProcess:
-    """Runs one rank of a role as a Ray actor. Exceptions are handed back as data (`Failure`)."""
+    """Runs one rank of a role as a Ray actor. Exceptions are handed back as data (`Failure`).
 
-    def __init__(self) -> None:
+    Args:
+        sharers: processes of the run on this machine, this one included, that divide its cores; None: its threads are set.
+    """
+
+    def __init__(self, sharers: int | None = None) -> None:
+        self._threads = None if sharers is None else max(1, usable_cores() // sharers)
+        if self._threads is not None:
+            # Torch came with this class and has read the variable. What the role's module loads and starts reads it later.
+            os.environ[THREADS_VARIABLE] = str(self._threads)
+            torch.set_num_threads(self._threads)
         self._role: Any = None
         self._clock = BusyClock()
         self._reserved: socket.socket | None = None
@@ -66,10 +77,10 @@ class RoleProcess:
             log=_own_log(),
         )
 
-    def prepare(self, build: str) -> Failure | None:
-        """Import the role's module while another role may be built on the same GPUs; what is wrong with it."""
+    def prepare(self, build: str, kwargs: Mapping[str, Any]) -> Failure | None:
+        """Check a role and its arguments while another one may be built on the same GPUs; what is wrong with them."""
         try:
-            load_class(build)
+            check_role(build, kwargs)
         except (Exception, SystemExit) as error:
             return _failure(error)
         return None
@@ -78,7 +89,13 @@ class RoleProcess:
         """Nothing: that it answers says that the process lives."""
 
     def build(self, build: str, world: World, kwargs: Mapping[str, Any]) -> bool | Failure:
-        """Import and construct the role; returns whether it has a ``close``."""
+        """Import and construct the role; returns whether it has a ``close``.
+
+        Args:
+            world: its place; without a number of threads it gets that of this process.
+        """
+        if world.threads is None:
+            world = replace(world, threads=self._threads)
         if self._reserved is not None:
             self._reserved.close()
         interface = interface_of(ray.util.get_node_ip_address())
@@ -91,6 +108,7 @@ class RoleProcess:
         except (Exception, SystemExit) as error:
             return _failure(error)
 
+    @ray.method(num_returns=2)
     def run(
         self, method: str, shard: WireBatch | None, kwargs: Mapping[str, Any]
     ) -> tuple[WireBatch | Failure | tuple[Any], dict[str, Any] | None]:
@@ -116,6 +134,7 @@ class RoleProcess:
         except (Exception, SystemExit) as error:
             return _failure(error), None
 
+    @ray.method(num_returns="streaming")
     def stream(self, method: str, shard: WireBatch, kwargs: Mapping[str, Any]) -> Iterator[Any]:
         """Call a generator of the role.
 

@@ -7,7 +7,8 @@ import os
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from rayrlhf.cluster.ray_logs import last_lines
 from rayrlhf.cluster.ray_pending import Deadline, Members, answer, collect_failures, is_failure, root_failure
 from rayrlhf.cluster.ray_placement import Reservation
 from rayrlhf.cluster.ray_process import RoleProcess
-from rayrlhf.cluster.spec import RoleSpec, process_env, thread_count
+from rayrlhf.cluster.spec import THREADS_VARIABLE, RoleSpec, process_env, thread_count, wanted_threads
 from rayrlhf.config.base import ClusterConfig
 from rayrlhf.models.world import World
 
@@ -58,7 +59,7 @@ class _Start:
     building: set[ray.ObjectRef] = field(default_factory=set)
     leaving: set[ray.ObjectRef] = field(default_factory=set)
     looks: set[ray.ObjectRef] = field(default_factory=set)
-    """Those whose answers say nothing but that a process lives, and can import its role's module."""
+    """Those whose answers say nothing but that a process lives, and that its role finds nothing wrong (`check_role`)."""
     next_look: float = 0.0
     ready: dict[str, _Process] = field(default_factory=dict)
     """Rank 0 of each role which has yet to be built."""
@@ -72,7 +73,7 @@ class _Start:
         deadline = Deadline(None, self.settings.start_timeout_s, "cluster.start_timeout_s")
         for number, process in enumerate(self.processes):
             self.waiting[process.handle.describe.remote()] = number
-            self._await_look(number, process.handle.prepare.remote(process.spec.build))
+            self._await_look(number, process.handle.prepare.remote(process.spec.build, dict(process.spec.kwargs)))
         while self.waiting.keys() - self.looks:
             ready, _ = ray.wait(list(self.waiting), num_returns=1, timeout=min(1.0, deadline.left()))
             for ref in ready:
@@ -134,7 +135,7 @@ class _Start:
             assert process.spec.rest is not None
             method, kwargs = process.spec.rest
             process.state = "leaving its GPUs"
-            answer_ref, _ = process.handle.run.options(num_returns=2).remote(method, None, dict(kwargs))
+            answer_ref, _ = process.handle.run.remote(method, None, dict(kwargs))
             self.waiting[answer_ref] = number
             self.leaving.add(answer_ref)
 
@@ -154,7 +155,7 @@ class _Start:
         """Rank 0 is there: its group knows now where to meet."""
         info = first.members.infos[0]
         assert info is not None
-        threads = thread_count(self.settings)
+        threads = _threads(self.settings)
         for number, process in enumerate(self.processes):
             if process.members is not first.members:
                 continue
@@ -205,27 +206,40 @@ class _Start:
         return "waiting for rank 0" if infos[0] is None else "in its constructor"
 
 
-def _make(specs: Sequence[RoleSpec], settings: ClusterConfig, reservation: Reservation | None) -> list[_Process]:
+def _make(
+    specs: Sequence[RoleSpec], settings: ClusterConfig, reservation: Reservation | None, beside: Sequence[ActorGroup]
+) -> list[_Process]:
     """An actor for each rank of each role: those with GPUs where these are, the others by turns on the nodes there are."""
     live = live_nodes()
     turns = itertools.cycle([node for node in live if node.cpus] or live)
+    placed = [
+        (spec, rank, reservation.node(spec.name, rank) if spec.gpus_per_rank and reservation else next(turns))
+        for spec in specs
+        for rank in range(spec.ranks)
+    ]
+    threads = _threads(settings)
+    # Several nodes at one address are one machine.
+    sharers = Counter(node.address for *_, node in placed) + Counter(a for group in beside for a in group.addresses)
+    members = {spec.name: Members(spec.name, spec.ranks) for spec in specs}
     processes = []
-    for spec in specs:
-        env = process_env(spec, settings)
+    for spec, rank, node in placed:
+        env = process_env(spec, settings, threads)
         if session.is_private():
             env.setdefault("PYTHONPATH", _own_path())
-        members = Members(spec.name, spec.ranks)
-        for rank in range(spec.ranks):
-            if spec.gpus_per_rank and reservation is not None:
-                node = reservation.node(spec.name, rank)
-                own = {**env, **_visible(reservation.devices(spec.name, rank))}
-                handle = _actor(reservation.strategy(spec.name, rank), own)
-            else:
-                node = next(turns)
-                own = {**env, **_visible("")} if settings.device == "cuda" else env
-                handle = _actor(NodeAffinitySchedulingStrategy(node.id, soft=False), own)
-            processes.append(_Process(spec, rank, members, handle, node))
+        where: Any = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        if spec.gpus_per_rank and reservation is not None:
+            env |= _visible(reservation.devices(spec.name, rank))
+            where = reservation.strategy(spec.name, rank)
+        elif settings.device == "cuda":
+            env |= _visible("")
+        handle = _actor(where, env, None if THREADS_VARIABLE in env else sharers[node.address])
+        processes.append(_Process(spec, rank, members[spec.name], handle, node))
     return processes
+
+
+def _threads(settings: ClusterConfig) -> int | None:
+    """Threads of each process; None where each finds out by its own machine's cores."""
+    return thread_count(settings) if session.is_private() else wanted_threads(settings)
 
 
 def _visible(devices: str) -> dict[str, str]:
@@ -233,10 +247,13 @@ def _visible(devices: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": devices, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
-def _actor(where: Any, env: dict[str, str]) -> Any:
+def _actor(where: Any, env: dict[str, str], sharers: int | None) -> Any:
     """A process of which Ray counts no GPU: several roles may sit on one, and the run holds it for all of them.
 
     Its GPUs are named in the environment with which it begins, so that they are its own before any library looks.
+
+    Args:
+        sharers: see `RoleProcess`.
     """
     options = ray.remote(RoleProcess).options(
         num_cpus=0,
@@ -246,7 +263,7 @@ def _actor(where: Any, env: dict[str, str]) -> Any:
         runtime_env={"env_vars": env},
         scheduling_strategy=where,
     )
-    return options.remote()
+    return options.remote(sharers)
 
 
 def _own_path() -> str:
@@ -273,10 +290,17 @@ def _queues(specs: Sequence[RoleSpec], reservation: Reservation | None) -> list[
 
 
 def start_on_ray(
-    specs: Sequence[RoleSpec], settings: ClusterConfig, reservation: Reservation | None
+    specs: Sequence[RoleSpec],
+    settings: ClusterConfig,
+    reservation: Reservation | None,
+    beside: Iterable[Group] = (),
 ) -> dict[str, Group]:
-    """See `rayrlhf.cluster.start.start_groups`; roles with GPUs sit where they are reserved."""
-    processes = _make(specs, settings, reservation)
+    """See `rayrlhf.cluster.start.start_groups`; roles with GPUs sit where they are reserved.
+
+    Args:
+        beside: groups of the same run that are up already.
+    """
+    processes = _make(specs, settings, reservation, [group for group in beside if isinstance(group, ActorGroup)])
     try:
         queues = _queues(specs, reservation)
         _Start(settings, processes, NodeWatch(p.node for p in processes), queues).run()

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rayrlhf.config.base import ClusterConfig
-from rayrlhf.errors import InputRefused
+from rayrlhf.errors import InputRefused, RunFailed
 
 __all__ = ["is_private", "ray_session", "resolve_address"]
 
@@ -54,6 +54,7 @@ def ray_session(settings: ClusterConfig) -> Iterator[None]:
 
     Raises:
         InputRefused: where no Ray answers at the address.
+        RunFailed: where a Ray of one's own doesn't come up.
     """
     import ray
 
@@ -84,15 +85,18 @@ def _own_ray(settings: ClusterConfig) -> Iterator[None]:
     succeeded = False
     try:
         with _environment(_QUICK):
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=_store_bytes(),
-                num_gpus=None if settings.device == "cuda" else _stand_ins(settings),
-                _temp_dir=folder,
-            )
+            try:
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=_store_bytes(),
+                    num_gpus=None if settings.device == "cuda" else _stand_ins(settings),
+                    _temp_dir=folder,
+                )
+            except Exception as error:  # Ray has no class of its own for this: "the node timed out during startup"
+                raise RunFailed(f"Ray did not come up on this machine: {error}. Its logs: {folder}") from error
         _private = True
         yield
         succeeded = True

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayrlhf.cluster.session import JOB_VARIABLE
 from rayrlhf.config.base import ClusterConfig
 
-__all__ = ["RoleSpec", "load_class", "process_env", "thread_count"]
+__all__ = [
+    "THREADS_VARIABLE",
+    "RoleSpec",
+    "load_class",
+    "process_env",
+    "thread_count",
+    "usable_cores",
+    "wanted_threads",
+]
+
+THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
@@ -66,21 +78,40 @@ def load_class(build: str) -> Any:
         raise ImportError(f"module {module_name!r} has no class {name!r}") from error
 
 
-def thread_count(settings: ClusterConfig) -> int:
-    """Threads of each process: the configured number, else the user's OMP_NUM_THREADS, else the cores we may use."""
+def wanted_threads(settings: ClusterConfig, env: Mapping[str, str] = os.environ) -> int | None:
+    """Threads of each process as the user wants them, in cluster.threads or else in OMP_NUM_THREADS; None: nothing is said.
+
+    In a Ray job that variable counts only where it was given to the job itself: Ray sets it to 1 in the process from which a
+    job's driver comes, and `ray up` on every machine.
+    """
     if settings.threads is not None:
         return settings.threads
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
+    if JOB_VARIABLE in env:
+        env = (json.loads(env[JOB_VARIABLE]).get("runtime_env") or {}).get("env_vars") or {}
+    wanted = env.get(THREADS_VARIABLE, "")
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else None
+
+
+def usable_cores() -> int:
+    """Cores of this machine that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def process_env(spec: RoleSpec, settings: ClusterConfig) -> dict[str, str]:
-    """Environment of a role's process. OpenMP threads which spin at barriers take the cores away from other processes."""
-    threads = {"OMP_NUM_THREADS": str(thread_count(settings))}
+def thread_count(settings: ClusterConfig) -> int:
+    """Threads of each process where all of them are on this machine, for this run alone: those that the user wants, else as many
+    as there are cores. Roles mostly wait for each other, so they aren't divided."""
+    return wanted_threads(settings) or usable_cores()
+
+
+def process_env(spec: RoleSpec, settings: ClusterConfig, threads: int | None) -> dict[str, str]:
+    """Environment of a role's process. OpenMP threads which spin at barriers take the cores away from other processes.
+
+    Args:
+        threads: of the process; None: it finds out itself.
+    """
+    variables = {} if threads is None else {THREADS_VARIABLE: str(threads)}
     if settings.executor == "ray":
-        threads["OMP_WAIT_POLICY"] = "PASSIVE"
-    return {**threads, **spec.env}
+        variables["OMP_WAIT_POLICY"] = "PASSIVE"
+    return {**variables, **spec.env}

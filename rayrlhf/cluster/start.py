@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -63,6 +63,7 @@ def start_groups(
     sharing: Sharing | None = None,
     claims: Sequence[Claim] | None = None,
     beside: Groups | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> Groups:
     """Bring up every role.
 
@@ -77,9 +78,11 @@ def start_groups(
         claims: what the whole run asks for, where further roles start later ``beside`` these; by default what these roles
             ask for.
         beside: groups whose start claimed GPUs for these roles too. They keep them when these roles end.
+        tell: gets a line where machines or GPUs must be waited for; by default it goes to the log alone.
 
     Raises:
-        InputRefused: where the roles can't be placed: several ranks inline, or more GPUs than the cluster has.
+        InputRefused: where the roles can't be placed: several ranks inline, or more GPUs than the cluster has, or gets until
+            cluster.placement_timeout_s.
         RunFailed: where others hold the GPUs for longer than cluster.placement_timeout_s.
         RoleFailed: with the role, the rank, its own exception and its log, where one fails to start or is too late.
     """
@@ -95,10 +98,10 @@ def start_groups(
     check_session()
     reservation = beside.reservation if beside is not None else None
     if reservation is None and any(claim.gpus for claim in wanted):
-        reservation = reserve(wanted, settings.placement if sharing is None else sharing, settings)
+        reservation = reserve(wanted, settings.placement if sharing is None else sharing, settings, tell)
     owned = beside is None or beside.reservation is None
     try:
-        groups = start_on_ray(specs, settings, reservation)
+        groups = start_on_ray(specs, settings, reservation, () if beside is None else beside.values())
     except BaseException:
         if reservation is not None and owned:
             reservation.release()

@@ -64,10 +64,13 @@ class ClusterConfig(Section):
     offload_idle: bool = True
     """Roles which share GPUs take turns: who has nothing to do keeps its states in host memory. false: all of it stays on the
     GPUs."""
-    placement_timeout_s: Seconds = 120.0
-    """How long, in seconds, GPUs that others hold are waited for."""
+    placement_timeout_s: Seconds = 900.0
+    """How long, in seconds, the start waits for GPUs that others hold, and for machines that are still on their way to the Ray
+    cluster: in a cloud they take minutes. What is missing is said at once."""
     threads: Positive | None = None
-    """Threads of each process on a CPU; by default all cores that the machine gives us."""
+    """Threads of each process. By default, on one machine, OMP_NUM_THREADS, else all cores that we may use; on a Ray cluster
+    OMP_NUM_THREADS (in a job: where the job was given it), else the cores of the process's own machine, divided by the
+    run's processes there."""
     start_timeout_s: Seconds = 1800.0
     """Deadline, in seconds, for all roles to come up."""
     call_timeout_s: Seconds = 1800.0

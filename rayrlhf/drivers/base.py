@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from rich.console import Console
 
-from rayrlhf.checkpoint import Checkpoint, CheckpointStore
+from rayrlhf.checkpoint import Checkpoint, CheckpointStore, NotWhole, Written, check_written
 from rayrlhf.cluster import Groups, RoleSpec, start_groups
 from rayrlhf.config import dump_config
 from rayrlhf.config.base import JobConfig, RunConfig
+from rayrlhf.drivers.shared_folder import written
 from rayrlhf.drivers.turns import Turns
 from rayrlhf.drivers.watch import HealthWatch
-from rayrlhf.errors import RunFailed
+from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.evaluation.report import write_report
 from rayrlhf.monitoring import MetricWriter, Progress, close_log, read_rows, setup_log
 from rayrlhf.planning.claims import claims_of
@@ -144,28 +145,53 @@ class BaseRun:
         try:
             saved = self.checkpoints.save(step, self._snapshot, self.write_roles)
         except (OSError, RunFailed) as error:
+            cure = "see to that" if isinstance(error, NotWhole) else "make room"
             raise RunFailed(
                 f"the checkpoint of step {step} could not be written: {error}. "
-                "Earlier checkpoints are untouched; make room, then go on with --resume"
+                f"Earlier checkpoints are untouched; {cure}, then go on with --resume"
             ) from error
         self._saved_step = step
         self.progress.note(f"checkpoint of step {step} saved in {saved.folder}")
 
-    def write_roles(self, folder: Path) -> None:
-        """Let every trained role write its state below ``folder``."""
-        self._on_trained("save", folder)
+    def write_roles(self, folder: Path) -> list[Written]:
+        """Let every trained role write its state below ``folder``.
+
+        Returns:
+            What their ranks wrote, each on its own machine: see `check_written`.
+        """
+        answers = self._on_trained("save", folder)
+        return [file for name, found in answers.items() for file in written(self.groups[name], found, f"{name}/")]
 
     def read_roles(self, folder: Path) -> None:
         """Let every trained role go on from what it wrote below ``folder``."""
         self._on_trained("load", folder)
 
-    def _on_trained(self, method: str, folder: Path) -> None:
+    def _on_trained(self, method: str, folder: Path) -> dict[str, list[Any]]:
+        """The answers of each trained role's ranks."""
         where = folder.absolute()
         trained = {name: self.groups[name] for name in self.trained if name in self.groups}
         self.turns.take(dict.fromkeys(trained, "all"))
-        calls = [group.broadcast_async(method, folder=str(where / name)) for name, group in trained.items()]
-        for call in calls:
-            call.result()
+        calls = {name: group.broadcast_async(method, folder=str(where / name)) for name, group in trained.items()}
+        return {name: call.result() for name, call in calls.items()}
+
+    def write_model(self, tokenizer: Any, **more: Any) -> Path:
+        """Write the policy as a Hugging Face folder, with its tokenizer, into ``RUN/model``.
+
+        Args:
+            more: what the trainer's ``save_model`` takes besides.
+
+        Raises:
+            RunFailed: where it can't be written, or another folder than this machine's was written.
+        """
+        folder, policy = self.folder / "model", self.groups["policy"]
+        self.turns.take({"policy": "weights"})
+        answers = policy.broadcast("save_model", folder=str(folder.absolute()), **more)
+        try:
+            check_written(folder, written(policy, answers[:1]))
+            tokenizer.save_pretrained(folder)
+        except (OSError, NotWhole) as error:
+            raise RunFailed(f"the model could not be written into {folder}: {error}") from error
+        return folder
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
@@ -249,6 +275,10 @@ class Opening:
         ]
         self.progress: Progress
 
+    def warn(self, line: str) -> None:
+        """Show a warning."""
+        self.progress.note(line, warning=True)
+
 
 @contextmanager
 def opened(
@@ -278,14 +308,24 @@ def opened(
         )
         for line in (*notes, *opening.passed_over):
             opening.progress.note(line)
-        yield opening
+        try:
+            yield opening
+        except InputRefused:
+            if not resume and not read_rows(folder / "metrics.jsonl"):
+                # No run has begun: once the cause is mended, the same command shall work.
+                (folder / "config.yaml").unlink(missing_ok=True)
+                (folder / "metrics.jsonl").unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
-def started(config: JobConfig, specs: Sequence[RoleSpec], beside: Groups | None = None) -> Iterator[Groups]:
+def started(
+    config: JobConfig, specs: Sequence[RoleSpec], warn: Callable[[str], object], beside: Groups | None = None
+) -> Iterator[Groups]:
     """All roles, on Ray or in this process, until the end.
 
     Args:
+        warn: shows a line on the terminal: that machines or GPUs are waited for, and which.
         beside: groups of this configuration that are up already. They hold the GPUs of all roles that it names.
     """
     with ExitStack() as stack:
@@ -299,5 +339,6 @@ def started(config: JobConfig, specs: Sequence[RoleSpec], beside: Groups | None 
             settings=config.cluster,
             claims=claims_of(config),
             beside=beside,
+            tell=warn,
         )
         yield stack.enter_context(groups)

@@ -40,7 +40,7 @@ from rayrlhf.data.source import LISTED
 from rayrlhf.data.tokens import PromptTokenizer
 from rayrlhf.drivers.base import started
 from rayrlhf.drivers.checks import Problems
-from rayrlhf.drivers.jobs import PreparedJob, Sampler, WholeFile, decoded, prepare_job, seeded, whole_files
+from rayrlhf.drivers.jobs import PreparedJob, Sampler, WholeFile, decoded, prepare_job, seeded, warner, whole_files
 from rayrlhf.drivers.roles import job_specs
 from rayrlhf.errors import InputRefused
 from rayrlhf.monitoring import render_plan
@@ -137,7 +137,7 @@ def critique_responses(config: CritiqueConfig, console: Console | None = None) -
         console.print(note, highlight=False, markup=False)
     with (
         whole_files(config, OUTPUTS) as files,
-        started(config, job_specs(prepared, max(_lengths(config).values()))) as groups,
+        started(config, job_specs(prepared, max(_lengths(config).values())), warner(console)) as groups,
     ):
         summary = _all(_Model(prepared, Sampler(config, groups)), words, files, console)
     _tell(summary, config, console)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,14 @@ def _say(console: Console, line: str, *, warning: bool = False) -> None:
 def _all_answers(prepared: PreparedEvaluation, console: Console) -> list[Answers]:
     """Each model's answers, one model after the other; reference and scorers stay up all the while."""
     config, answers = prepared.config, []
-    with started(config, shared_specs(prepared)) as shared:
+    warn = partial(_say, console, warning=True)
+    with started(config, shared_specs(prepared), warn) as shared:
         _leave_gpus(shared, config.cluster)
         for number, model in enumerate(prepared.models, start=1):
             where = f"model {number} of {len(prepared.models)}, {model.name}"
             _say(console, f"{where}: answers {len(model.prompts)} prompts")
             begun = time.monotonic()
-            with started(config, model_specs(prepared, model), beside=shared) as own:
+            with started(config, model_specs(prepared, model), warn, beside=shared) as own:
                 groups = {**shared, **own}
                 turns = Turns(groups, own.placement, config.cluster.offload_idle)
                 found = answer(prepared, model, groups, turns)

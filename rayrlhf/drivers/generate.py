@@ -63,7 +63,6 @@ def generate(
         config=RolloutConfig(engine="transformers", max_response_tokens=max_tokens, temperature=temperature),
         dtype="float32",
         max_model_tokens=longest + max_tokens,
-        transport_name="shared_memory",
     )
     batch = prompt_batch(
         [Prompt(i, torch.tensor(ids), text, {}) for i, (text, ids) in enumerate(zip(prompts, tokens, strict=True))],

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from rich.console import Console
+from rich.text import Text
 
 from rayrlhf.actors.reward import response_tokens
 from rayrlhf.batch import Batch
@@ -25,9 +27,10 @@ from rayrlhf.drivers.preflight import check_signatures, check_sources, open_mode
 from rayrlhf.drivers.turns import Turns
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.monitoring import close_log, setup_log
+from rayrlhf.monitoring.text import printable
 from rayrlhf.planning.plan import check_plan
 
-__all__ = ["PreparedJob", "Sampler", "WholeFile", "decoded", "prepare_job", "seeded", "whole_files"]
+__all__ = ["PreparedJob", "Sampler", "WholeFile", "decoded", "prepare_job", "seeded", "warner", "whole_files"]
 
 _UNFINISHED = "config.yaml.partial"
 """The configuration until all outputs have their names. Outputs beside it are those of work that was cut off."""
@@ -105,6 +108,15 @@ def _check_outputs(config: JobConfig, outputs: Sequence[str]) -> None:
     there = [name for name in outputs if (folder / name).exists()]
     if there:
         raise InputRefused(f"run_dir: {folder} has {' and '.join(there)} already; choose another run_dir")
+
+
+def warner(console: Console) -> Callable[[str], None]:
+    """What shows a line on the terminal as a warning."""
+
+    def warn(line: str) -> None:
+        console.print(Text(printable(line, console), style="yellow"), soft_wrap=True)
+
+    return warn
 
 
 # -- samples ----------------------------------------------------------------------------------------------------

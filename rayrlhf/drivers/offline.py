@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from rayrlhf.batch import Batch
+from rayrlhf.checkpoint import check_written
 from rayrlhf.cluster import Groups
 from rayrlhf.cluster.split import split_by_tokens
 from rayrlhf.config.offline import PreferenceConfig
@@ -27,6 +28,7 @@ from rayrlhf.drivers.data_check import data_kind
 from rayrlhf.drivers.evaluation import EvaluationLog
 from rayrlhf.drivers.offline_preflight import PreparedExamples, prepare_examples
 from rayrlhf.drivers.roles import offline_specs
+from rayrlhf.drivers.shared_folder import check_shared_folder
 from rayrlhf.drivers.transfer import SYNC, connect_weights
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.monitoring import render_plan
@@ -196,7 +198,7 @@ class OfflineRun(BaseRun):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            self.write_roles(partial)
+            check_written(partial, self.write_roles(partial))
         except (OSError, RunFailed) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunFailed(f"the state of step {step} could not be kept in {final}: {error}") from error
@@ -230,11 +232,8 @@ class OfflineRun(BaseRun):
         Args:
             more: what the trainer's ``save_model`` takes besides.
         """
-        folder = self.folder / "model"
-        self.turns.take({"policy": "weights"})
+        folder = self.write_model(self.prepared.tokenizer, **more)
         try:
-            self.policy.broadcast("save_model", folder=str(folder.absolute()), **more)
-            self.prepared.tokenizer.save_pretrained(folder)
             step = self.state.step if self._went_back_to is None else self._went_back_to
             (self.folder / "model_step.json").write_text(json.dumps({"kept_step": step}) + "\n")
         except OSError as error:
@@ -301,7 +300,7 @@ def launch_offline(
     """Check everything, show the plan, and start all roles.
 
     Raises:
-        InputRefused: before anything was started.
+        InputRefused: before anything was started; or where the trained role's machines don't share the run's folder.
         RunFailed: where a role can't come up; its own message is in it.
     """
     prepared = prepare_examples(config, resume=resume)
@@ -313,12 +312,14 @@ def launch_offline(
         )
         _check_content(prepared, opening)
         opening.progress.phase("start")
-        run = OfflineRun(prepared, stack.enter_context(started(config, offline_specs(prepared))), opening)
+        groups = stack.enter_context(started(config, offline_specs(prepared), opening.warn))
+        check_shared_folder(Path(config.run_dir), groups, OfflineRun.trained)
+        run = OfflineRun(prepared, groups, opening)
         stack.push(lambda kind, *_: run.close(failed=kind is not None))
         if opening.checkpoint is not None:
             run.restore(opening.checkpoint)
         if run.rollout is not None:
             assert isinstance(config, PreferenceConfig), "only preference training samples"
-            connect_weights(run.policy, run.rollout, config)
+            connect_weights(run.policy, run.rollout, config, run.groups.placement)
         with run.kept():
             yield run

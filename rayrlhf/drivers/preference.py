@@ -47,11 +47,11 @@ def validate(run: OfflineRun, data: PreferenceData) -> None:
 
 
 def measured_before(run: OfflineRun) -> dict[str, float]:
-    """The KL that was measured just before this step, for its row of metrics."""
+    """The KL that was measured just before this step, and the transfer for it, for its row of metrics."""
     last = run.validations.results[-1] if run.validations.results else None
     if last is None or last["step"] != run.state.step or last["kl_per_token"] is None:
         return {}
-    return {"kl_per_token": last["kl_per_token"]}
+    return {name: value for name, value in last.items() if name == "kl_per_token" or name.startswith("sync/")}
 
 
 def validation_line(result: dict[str, Any]) -> str:

@@ -27,8 +27,7 @@ def measure(run: OfflineRun, data: PreferenceData) -> dict[str, Any]:
 
     Returns:
         examples, loss, rewards/{chosen,rejected,margins,accuracies}, rewards/margins/stderr, logps/{chosen,rejected},
-        and kl_per_token (k1 in nats a response token, over responses sampled to held-out prompts; None where it isn't
-        measured). Rewards are those of the configured beta, so that validations compare when beta moves.
+        and what `sampled_kl` returns. Rewards are those of the configured beta, so that validations compare when beta moves.
     """
     batch = data.validation()
     run.turns.take({"policy": "weights"})
@@ -39,7 +38,7 @@ def measure(run: OfflineRun, data: PreferenceData) -> dict[str, Any]:
         reference = segment_sum(batch["reference_logprobs"].double(), batch.offsets)
     tokens = segment_sum(batch["response_mask"].long(), batch.offsets)
     result = of_pairs(run, logps, reference, tokens) if data.paired else of_labelled(run, batch, logps, reference)
-    return result | {"kl_per_token": sampled_kl(run, data)}
+    return result | sampled_kl(run, data)
 
 
 def of_pairs(run: OfflineRun, logps: Any, reference: Any, tokens: Any) -> dict[str, Any]:
@@ -111,14 +110,19 @@ def of_labelled(run: OfflineRun, batch: Batch, logps: Any, reference: Any) -> di
     }
 
 
-def sampled_kl(run: OfflineRun, data: PreferenceData) -> float | None:
-    """Mean of log p_policy - log p_reference over the tokens of responses that the policy samples; None without rollouts."""
+def sampled_kl(run: OfflineRun, data: PreferenceData) -> dict[str, Any]:
+    """The KL on responses that the policy samples to held-out prompts.
+
+    Returns:
+        kl_per_token: mean of log p_policy - log p_reference over the tokens of the responses (k1, in nats); None without
+        rollouts. With rollouts, sync/* of the weights' transfer, see `transfer_weights`.
+    """
     assert isinstance(run.config, PreferenceConfig)
     if run.rollout is None:
-        return None
+        return {"kl_per_token": None}
     run.turns.take({"policy": "weights", "rollout": "weights"})
     verify = run.config.rollout.verify_weights == "always" or not data.weights_verified
-    transfer_weights(run.policy, run.rollout, run.state.weight_version + 1, verify)
+    transferred = transfer_weights(run.policy, run.rollout, run.state.weight_version + 1, verify)
     data.weights_verified = True
     run.state.weight_version += 1
     examples = run.data.validation[: run.config.guard.kl_prompts]
@@ -129,7 +133,7 @@ def sampled_kl(run: OfflineRun, data: PreferenceData) -> float | None:
     run.turns.take({"policy": "weights"})
     own = run.policy.call("token_logprobs", samples, temperature=1.0)["old_logprobs"]
     difference = (own - data.reference_logprobs(samples))[samples["response_mask"]]
-    return float(difference.double().mean())
+    return {"kl_per_token": float(difference.double().mean())} | transferred
 
 
 def as_prompt(number: int, example: Any) -> Prompt:

@@ -8,20 +8,19 @@ from typing import Any, Literal, NamedTuple
 from rayrlhf.actors.reward import NamedSource
 from rayrlhf.actors.rollout import rollout_environment
 from rayrlhf.cluster import RoleSpec
-from rayrlhf.config.base import JobConfig, RunConfig
+from rayrlhf.config.base import JobConfig
 from rayrlhf.config.derive import derive
 from rayrlhf.config.jobs import SamplingConfig
 from rayrlhf.config.offline import PreferenceConfig, RewardModelConfig
 from rayrlhf.config.rules import source_name
-from rayrlhf.config.schema import Config, RolloutConfig, SamplerConfig
+from rayrlhf.config.schema import Config, SamplerConfig
 from rayrlhf.config.trainers import LoraConfig, TrainedConfig
 from rayrlhf.drivers.jobs import PreparedJob
 from rayrlhf.drivers.offline_preflight import PreparedExamples
 from rayrlhf.drivers.preflight import Prepared
 from rayrlhf.planning.claims import claims_of
-from rayrlhf.planning.transfer import transport_of
 
-__all__ = ["Generator", "job_specs", "offline_specs", "reward_sources", "role_specs", "specs_of", "weight_transport"]
+__all__ = ["Generator", "job_specs", "offline_specs", "reward_sources", "role_specs", "specs_of"]
 
 
 Wanted = tuple[str, str, int, dict[str, Any]]
@@ -39,28 +38,20 @@ class Generator(NamedTuple):
     dtype: Literal["float32", "bfloat16"]
     """Type of the weights, unless the rollout section names another."""
     trust_remote_code: bool = False
-    transport: str = "shared_memory"
-    """How new weights come, where they do."""
     lora: LoraConfig | None = None
     """The adapter that comes apart from its base, where one does."""
-
-
-def weight_transport(rollout: RolloutConfig, config: RunConfig) -> str:
-    """The transport that a run's weights take; see `transport_of` for what ``auto`` stands for."""
-    return rollout.weight_transport if rollout.weight_transport != "auto" else transport_of(config)
 
 
 def role_specs(prepared: Prepared) -> list[RoleSpec]:
     """Policy and rollout always; critic, reference and reward where the configuration has them."""
     config = prepared.config
     total_steps = derive(config).total_optimizer_steps
-    transport = weight_transport(config.rollout, config)
     roles: list[Wanted] = [
         (
             "policy",
             "rayrlhf.actors.policy:PolicyTrainer",
             config.policy.ranks,
-            {"model_path": prepared.policy_path, "transport": transport, "total_steps": total_steps},
+            {"model_path": prepared.policy_path, "total_steps": total_steps},
         ),
         (
             "reward",
@@ -118,8 +109,6 @@ def offline_specs(prepared: PreparedExamples) -> list[RoleSpec]:
         return specs_of([("policy", trainer, config.policy.ranks, arguments)], config, None)
     if not isinstance(config, PreferenceConfig):
         return specs_of([("policy", "rayrlhf.actors.sft:SFTTrainer", config.policy.ranks, arguments)], config, None)
-    transport = weight_transport(config.rollout, config)
-    arguments["transport"] = transport
     roles: list[Wanted] = [
         ("policy", "rayrlhf.actors.preference:PreferenceTrainer", config.policy.ranks, arguments),
     ]
@@ -135,10 +124,9 @@ def offline_specs(prepared: PreparedExamples) -> list[RoleSpec]:
 def _trained_generator(config: Config | PreferenceConfig, model_path: str, tokenizer_path: str) -> Generator:
     """The engine of a policy that is trained."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    policy, transport = config.policy, weight_transport(config.rollout, config)
-    paths = model_path, tokenizer_path
+    policy, paths = config.policy, (model_path, tokenizer_path)
     lora = policy.lora if config.rollout.lora_transfer == "adapter" else None
-    return Generator(config.rollout, *paths, longest, policy.dtype, policy.trust_remote_code, transport, lora)
+    return Generator(config.rollout, *paths, longest, policy.dtype, policy.trust_remote_code, lora)
 
 
 def specs_of(roles: Sequence[Wanted], config: JobConfig, generator: Generator | None) -> list[RoleSpec]:
@@ -185,7 +173,6 @@ def _rollout_spec(config: JobConfig, generator: Generator, environment: dict[str
         "config": rollout,
         "dtype": rollout.dtype or generator.dtype,
         "max_model_tokens": generator.longest,
-        "transport_name": generator.transport,
         "trust_remote_code": generator.trust_remote_code,
         "lora": generator.lora,
     }

@@ -21,6 +21,7 @@ from rayrlhf.drivers.experience import UNSCORED, collect, prompt_batch
 from rayrlhf.drivers.minibatches import minibatch_schedule
 from rayrlhf.drivers.preflight import Prepared, prepare
 from rayrlhf.drivers.roles import role_specs
+from rayrlhf.drivers.shared_folder import check_shared_folder
 from rayrlhf.drivers.state import RunState
 from rayrlhf.drivers.transfer import SYNC, connect_weights, transfer_weights
 from rayrlhf.errors import InputRefused, RunFailed
@@ -160,14 +161,7 @@ class Run(BaseRun):
 
     def save_model(self) -> Path:
         """Write the policy as a Hugging Face folder, with its tokenizer, into ``RUN/model``."""
-        folder = self.folder / "model"
-        self.turns.take({"policy": "weights"})
-        try:
-            self.policy.broadcast("save_model", folder=str(folder.absolute()))
-            self.prepared.tokenizer.save_pretrained(folder)
-        except OSError as error:
-            raise RunFailed(f"the model could not be written into {folder}: {error}") from error
-        return folder
+        return self.write_model(self.prepared.tokenizer)
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluate the present policy on the held-out prompts, and write the result to evaluations.jsonl."""
@@ -251,7 +245,7 @@ def launch(
         console: where progress is shown; standard output by default.
 
     Raises:
-        InputRefused: before anything was started.
+        InputRefused: before anything was started; or where the trained roles' machines don't share the run's folder.
         RunFailed: where a role can't come up; its own message is in it.
     """
     if isinstance(config, str | os.PathLike):
@@ -267,11 +261,13 @@ def launch(
             opened(config, config.ppo.steps, prepared.prompts.report.lines(), resume=resume, console=console)
         )
         opening.progress.phase("start")
-        run = Run(prepared, stack.enter_context(started(config, role_specs(prepared))), opening)
+        groups = stack.enter_context(started(config, role_specs(prepared), opening.warn))
+        check_shared_folder(Path(config.run_dir), groups, Run.trained)
+        run = Run(prepared, groups, opening)
         stack.push(lambda kind, *_: run.close(failed=kind is not None))
         if opening.checkpoint is not None:
             run.restore(opening.checkpoint)
-        connect_weights(run.policy, run.rollout, config)
+        connect_weights(run.policy, run.rollout, config, run.groups.placement)
         run.publish_weights(verify=True)
         with run.kept():
             yield run

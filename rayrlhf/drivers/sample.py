@@ -15,7 +15,7 @@ from rayrlhf.config.jobs import SamplingConfig, SamplingSettings
 from rayrlhf.data import Prompt
 from rayrlhf.drivers.base import started
 from rayrlhf.drivers.checks import Problems
-from rayrlhf.drivers.jobs import PreparedJob, Sampler, decoded, prepare_job, seeded, whole_files
+from rayrlhf.drivers.jobs import PreparedJob, Sampler, decoded, prepare_job, seeded, warner, whole_files
 from rayrlhf.drivers.roles import job_specs
 from rayrlhf.errors import RunFailed
 from rayrlhf.monitoring import render_plan
@@ -113,7 +113,7 @@ def sample_responses(config: SamplingConfig, console: Console | None = None) -> 
     tally, at_once = _Tally(), config.sampling.prompts_at_once
     with (
         whole_files(config, OUTPUTS, [UNSCORED]) as (summary, data, unscored),
-        started(config, job_specs(prepared, longest)) as groups,
+        started(config, job_specs(prepared, longest), warner(console)) as groups,
     ):
         sampler = Sampler(config, groups)
         starts = range(0, len(prepared.prompts), at_once)

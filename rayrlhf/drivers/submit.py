@@ -29,13 +29,16 @@ from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.monitoring.relay import RELAY_VARIABLE
 from rayrlhf.planning.plan import check_plan
 
-__all__ = ["JobLeft", "Watching", "follow", "submit"]
+__all__ = ["STOP_SECONDS", "JobLeft", "Watching", "follow", "submit"]
 
 OnInterrupt = Literal["ask", "leave", "stop"]
 
-STOP_SECONDS = 60.0
-"""What a job has after Ctrl-C to save its last whole step, before Ray kills it."""
-_STOPPED_WITHIN = STOP_SECONDS + 30.0
+STOP_SECONDS = 60
+"""What a job has by default, when it is stopped, to save its last whole step before Ray kills it."""
+_KILLED_WITHIN = 30.0
+"""How long Ray may take for that."""
+_STOP_KEY = "stop_seconds"
+"""Under which a job's metadata say what it has: who comes back to it waits as long."""
 _LOOK_SECONDS = 0.2
 REFUSED_CODE = 2
 
@@ -65,6 +68,7 @@ def submit(
     resume: bool = False,
     wait: bool = True,
     environment: Sequence[str] = (),
+    stop_seconds: int = STOP_SECONDS,
     root: Path | None = None,
 ) -> None:
     """Send the folder and the configuration to a cluster, run there what the configuration names, and watch it to its end.
@@ -75,6 +79,7 @@ def submit(
         resume: the job goes on from the last whole checkpoint.
         wait: false: return once the job is accepted.
         environment: ``NAME=VALUE``, or ``NAME`` alone for the value that it has here, for the job and its roles.
+        stop_seconds: what the job has, when it is stopped, to save its last whole step.
         root: the folder that travels; by default the current one.
 
     Raises:
@@ -103,11 +108,11 @@ def submit(
         try:
             dashboard.submit(
                 archive,
-                env_vars={**_for_stopping(), **variables},
+                env_vars={**_for_stopping(stop_seconds), **variables},
                 setup_hook=HOOK,
                 submission_id=job,
                 entrypoint=_entrypoint(command, resume, console),
-                metadata={"rayrlhf": __version__, "run_dir": there.run_dir},
+                metadata={"rayrlhf": __version__, "run_dir": there.run_dir, _STOP_KEY: str(stop_seconds)},
             )
         except KeyboardInterrupt:
             raise JobLeft(f"Interrupted while job {job} was sent; it may run. {_come_back(job, watching)}") from None
@@ -182,9 +187,9 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _for_stopping() -> dict[str, str]:
+def _for_stopping(seconds: int) -> dict[str, str]:
     """Ray ends a stopped job as Ctrl-C would: what was trained is saved. (By default it has 3 s.)"""
-    return {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_SECONDS:.0f}"}
+    return {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(seconds)}
 
 
 def _name(config: JobConfig) -> str:
@@ -274,7 +279,8 @@ def _interrupted(
         return None
     watching.console.print(f"stopping job {job} ...", highlight=False)
     dashboard.stop(job)
-    return time.monotonic() + _STOPPED_WITHIN
+    given = (dashboard.info(job).metadata or {}).get(_STOP_KEY, STOP_SECONDS)
+    return time.monotonic() + float(given) + _KILLED_WITHIN
 
 
 def _conclude(info: Any, job: str) -> None:

@@ -9,7 +9,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -31,6 +31,10 @@ CALL_SECONDS = (10.0, 60.0)
 """Of one request afterwards: to connect, and between two pieces of the answer."""
 SILENCE_SECONDS = 300.0
 """After so long without a word the log is asked for again: a connection that was cut may look like one that is quiet."""
+QUIET_SECONDS = 10.0
+"""After so long without a word it is looked whether the job goes on: the log of one that has ended is asked for again."""
+PAUSE_SECONDS = (0.5, 8.0)
+"""Before the log is asked for again, the first time, and at most."""
 LOST_SECONDS = 120.0
 """How long a dashboard may be away before the job's log is given up."""
 OLDEST_RAY = (2, 60)
@@ -101,7 +105,8 @@ def check_dashboard(url: str, environment: Mapping[str, str] = os.environ) -> di
         InputRefused: nobody there, something else there, no token or a wrong one, or a Ray that is too old.
     """
     headers: dict[str, str] = {}
-    answer = _within(CHECK_SECONDS, url, lambda: _ask(url, headers))
+    end = time.monotonic() + CHECK_SECONDS
+    answer = _by(end, url, lambda: _ask(url, headers))
     if answer.status_code in (401, 403):
         token = None if environment.get("RAY_AUTH_MODE", "").lower() == "disabled" else find_token(environment)
         if token is None:
@@ -110,7 +115,7 @@ def check_dashboard(url: str, environment: Mapping[str, str] = os.environ) -> di
                 "to a file with it (on the head node `ray get-auth-token` prints it)"
             )
         headers = {"Authorization": f"Bearer {token}"}
-        answer = _within(CHECK_SECONDS, url, lambda: _ask(url, headers))
+        answer = _by(end, url, lambda: _ask(url, headers))
         if answer.status_code in (401, 403):
             raise InputRefused(
                 f"--address: {url} doesn't take the token that is here (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or "
@@ -125,8 +130,8 @@ def _ask(url: str, headers: Mapping[str, str]) -> httpx.Response:
     return httpx.get(f"{url}/api/version", headers=dict(headers), timeout=timeout, follow_redirects=True)
 
 
-def _within(seconds: float, url: str, ask: Callable[[], T]) -> T:
-    """What ``ask`` returns, in so many seconds: looking a name up has no deadline of its own."""
+def _by(end: float, url: str, ask: Callable[[], T]) -> T:
+    """What ``ask`` returns until then, on the monotonic clock: looking a name up has no deadline of its own."""
     answers: queue.Queue[T | Exception] = queue.Queue()
 
     def work() -> None:
@@ -137,9 +142,9 @@ def _within(seconds: float, url: str, ask: Callable[[], T]) -> T:
 
     threading.Thread(target=work, daemon=True).start()
     try:
-        answer = answers.get(timeout=seconds)
+        answer = answers.get(timeout=max(0.0, end - time.monotonic()))
     except queue.Empty:
-        answer = TimeoutError(f"no answer within {seconds:g} s")
+        answer = TimeoutError(f"no answer within {CHECK_SECONDS:g} s")
     if isinstance(answer, Exception):
         raise InputRefused(
             f"--address: no dashboard answers at {url} ({str(answer) or type(answer).__name__}). Is Ray up there, with "
@@ -238,7 +243,7 @@ class Dashboard:
 
     def _read(self, job: str, said: queue.Queue[Said]) -> None:
         """Read until the job has ended. A log that breaks off is read again, without what was delivered already."""
-        delivered, pause, away_since = 0, 0.5, None
+        delivered, pause, away_since = 0, PAUSE_SECONDS[0], None
         while True:
             begun, before, problem, ended = time.monotonic(), delivered, "", False
             try:
@@ -264,18 +269,18 @@ class Dashboard:
                         said.put(piece)
                     return
             time.sleep(pause)
-            pause = min(8.0, 2 * pause) if problem else 0.5
+            pause = min(PAUSE_SECONDS[1], 2 * pause) if problem else PAUSE_SECONDS[0]
 
     async def _tail(self, job: str, delivered: int, said: queue.Queue[Said]) -> int:
         """Deliver what the log says beyond ``delivered`` characters; returns how many it has now.
 
         Raises:
-            _Broken: where the connection breaks off, or stays silent for very long.
+            _Broken: where the connection breaks off, or stays silent for very long, or when the job has ended.
         """
         pieces, seen = self._client.tail_job_logs(job), 0
         try:
             while True:
-                text = await asyncio.wait_for(anext(pieces), SILENCE_SECONDS)
+                text = await self._next_piece(job, pieces)
                 new = text[max(0, delivered - seen) :]
                 seen += len(text)
                 if new:
@@ -285,6 +290,33 @@ class Dashboard:
             return delivered
         except Exception as error:
             raise _Broken(delivered, error) from error
+
+    async def _next_piece(self, job: str, pieces: AsyncIterator[str]) -> str:
+        """The next of a log's pieces.
+
+        Raises:
+            StopAsyncIteration: at the end of the log.
+            TimeoutError: where none comes, and none is to be expected on this connection.
+        """
+        coming, begun = asyncio.ensure_future(anext(pieces)), time.monotonic()
+        try:
+            while not coming.done():
+                await asyncio.wait({coming}, timeout=min(QUIET_SECONDS, SILENCE_SECONDS))
+                if coming.done():
+                    break
+                silent = time.monotonic() - begun >= SILENCE_SECONDS
+                if silent or await asyncio.to_thread(self._has_ended, job):
+                    raise TimeoutError("the log is silent")
+            return coming.result()
+        finally:
+            coming.cancel()
+
+    def _has_ended(self, job: str) -> bool:
+        """Whether the job is known to have ended."""
+        try:
+            return bool(self.info(job).status.is_terminal())
+        except (RunFailed, InputRefused):
+            return False
 
 
 class _Broken(Exception):

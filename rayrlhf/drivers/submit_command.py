@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rayrlhf.config import load_config
 from rayrlhf.config.pipeline import is_pipeline
-from rayrlhf.drivers.submit import JobLeft, OnInterrupt, Watching, submit
+from rayrlhf.drivers.submit import STOP_SECONDS, JobLeft, OnInterrupt, Watching, submit
 from rayrlhf.drivers.submit import follow as follow_job
 from rayrlhf.errors import InputRefused
 
@@ -27,8 +27,12 @@ def run_submit(
     wait: bool,
     env: Sequence[str],
     follow: str | None,
+    stop_seconds: int | None = None,
 ) -> str | None:
     """Submit a configuration, or follow a job.
+
+    Args:
+        stop_seconds: of the job, None: the default; all others as of the command.
 
     Returns:
         What is to be said where the user left the job; None: it is done.
@@ -43,8 +47,8 @@ def run_submit(
         problems.append(f"--on-interrupt: found {on_interrupt!r}; legal: {', '.join(get_args(OnInterrupt))}")
     if follow is None and config is None:
         problems.append("CONFIG is missing: a YAML configuration, or --follow JOB")
-    if follow is not None and (config is not None or overrides or resume or env):
-        problems.append("--follow watches a job as it is: without CONFIG, keys, --resume and --env")
+    if follow is not None and (config is not None or overrides or resume or env or stop_seconds is not None):
+        problems.append("--follow watches a job as it is: without CONFIG, keys, --resume, --env and --stop-seconds")
     if follow is not None and not wait:
         problems.append("--follow and --no-wait: to follow is to wait")
     if config is not None and is_pipeline(config):
@@ -60,7 +64,8 @@ def run_submit(
             follow_job(follow, watching)
         elif config is not None:
             loaded = load_config(config, list(overrides))
-            submit(loaded, watching, resume=resume, wait=wait, environment=env)
+            seconds = STOP_SECONDS if stop_seconds is None else stop_seconds
+            submit(loaded, watching, resume=resume, wait=wait, environment=env, stop_seconds=seconds)
     except JobLeft as left:
         return str(left)
     return None

@@ -10,6 +10,8 @@ from rayrlhf.cluster import Group, Pending, RoleFailed, wait_any
 from rayrlhf.config import Config
 from rayrlhf.config.offline import PreferenceConfig
 from rayrlhf.errors import RunFailed
+from rayrlhf.planning.placement import Placement
+from rayrlhf.planning.transfer import transport_of
 from rayrlhf.weights import CONNECTING, Address, Manifest, PeerFailed, abort
 
 __all__ = ["SYNC", "connect_weights", "transfer_weights"]
@@ -24,11 +26,18 @@ OTHER_SIDE_SECONDS = 5.0
 log = logging.getLogger(__name__)
 
 
-def connect_weights(policy: Group, rollout: Group, config: Config | PreferenceConfig, group_version: int = 1) -> None:
+def connect_weights(
+    policy: Group,
+    rollout: Group,
+    config: Config | PreferenceConfig,
+    placement: Placement | None,
+    group_version: int = 1,
+) -> None:
     """Open the way of the weights, once before the first transfer, and again where engines were replaced.
 
     Args:
         config: of the run.
+        placement: where the roles sit, which decides what a ``rollout.weight_transport`` of ``auto`` is; None without GPUs.
         group_version: larger each time: what is left over from an earlier group can't take part.
 
     Raises:
@@ -38,6 +47,7 @@ def connect_weights(policy: Group, rollout: Group, config: Config | PreferenceCo
     one_process, workers = config.cluster.executor == "inline", config.rollout.tensor_parallel
     address = policy.broadcast(
         "open_weights",
+        transport=transport_of(config, placement),
         receivers=rollout.size * workers,
         group_version=group_version,
         per_engine=workers,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayrlhf.checkpoint import sizes_on_disk
 from rayrlhf.config.trainers import OptimizerConfig, TrainedConfig
 from rayrlhf.models.adamw import make_adamw
 from rayrlhf.models.distributed import all_max, all_sum, device_of, infer_together, join_group, nothing_wanted
@@ -28,6 +29,7 @@ from rayrlhf.models.zero import (
     offload_settings,
     partitioner_of,
     register_output_layer,
+    replaced,
 )
 
 __all__ = ["StepOutcome", "TrainEngine", "learning_rate", "partitioner_for"]
@@ -233,16 +235,30 @@ class TrainEngine:
 
     # -- state --------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str) -> None:
-        """Weights, optimizer and schedule of this rank; all ranks call it with the same folder."""
+    def save(self, folder: str) -> dict[str, int]:
+        """Weights, optimizer and schedule of this rank; all ranks call it with the same folder.
+
+        Returns:
+            What this rank wrote, and is on its disk: bytes by the file's name below ``folder``.
+        """
         self.residence.require("all", "saving the training state")
-        self.engine.save_checkpoint(
-            folder,
-            tag="state",
-            client_state={"optimizer_steps": self.steps_done, "lr_scale": self.lr_scale},
-            save_latest=False,
-            exclude_frozen_parameters=self.config.lora is not None,
-        )
+        files: list[Path] = []
+        writer = self.engine.checkpoint_engine
+        write = writer.save
+
+        def noting(state_dict: Any, path: str) -> None:
+            write(state_dict, path)
+            files.append(Path(path))
+
+        with replaced(writer, "save", noting):
+            self.engine.save_checkpoint(
+                folder,
+                tag="state",
+                client_state={"optimizer_steps": self.steps_done, "lr_scale": self.lr_scale},
+                save_latest=False,
+                exclude_frozen_parameters=self.config.lora is not None,
+            )
+        return sizes_on_disk(Path(folder), files)
 
     def load(self, folder: str) -> None:
         """What `save` wrote, into an engine with as many ranks.

@@ -7,13 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayrlhf.errors import InputRefused
 from rayrlhf.models.cpu import longest_unpadded, run_unpadded
 from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.logprobs import token_logprobs_and_entropy
 from rayrlhf.models.sequence import SequenceSharing
 from rayrlhf.models.varlen import VARLEN
 
-__all__ = ["PolicyModel", "ScalarModel", "hidden_states", "output_logits"]
+__all__ = [
+    "HEADS",
+    "PolicyModel",
+    "ScalarModel",
+    "check_one_label",
+    "hidden_states",
+    "linear_head",
+    "output_logits",
+]
+
+HEADS = ("score", "classifier")
+"""What the linear heads of sequence-classification models are called."""
 
 
 def output_logits(lm: Any, hidden: Tensor) -> Tensor:
@@ -141,3 +153,18 @@ class ScalarModel(nn.Module):
             hidden, which = self.sharing.states_at(self.backbone, inputs, places)
             both = self.sharing.put_together(self.read(hidden), which, len(places))
         return both[: len(inputs.predict)], both[len(inputs.predict) :]
+
+
+def check_one_label(path: str, config: Any) -> None:
+    if getattr(config, "num_labels", 1) != 1:
+        raise InputRefused(f"reward model {path!r} has {config.num_labels} labels; a reward model has exactly 1")
+
+
+def linear_head(path: str, classifier: Any) -> nn.Linear:
+    """What a sequence-classification model reads its score with."""
+    head = next((getattr(classifier, n) for n in HEADS if hasattr(classifier, n)), None)
+    if not isinstance(head, nn.Linear):
+        raise InputRefused(
+            f"reward model {path!r} ({type(classifier).__name__}) has no linear head named score or classifier"
+        )
+    return head

@@ -19,7 +19,7 @@ from rayrlhf.batch import Batch
 from rayrlhf.config.trainers import LoraConfig, ModelConfig
 from rayrlhf.errors import InputRefused
 from rayrlhf.models.cpu import with_cpu_kernels
-from rayrlhf.models.heads import ScalarModel, hidden_states, output_logits
+from rayrlhf.models.heads import HEADS, ScalarModel, check_one_label, hidden_states, linear_head, output_logits
 from rayrlhf.models.layout import PromptSharing, pair_micro_batches
 from rayrlhf.models.packing import packs
 from rayrlhf.models.varlen import VARLEN
@@ -28,10 +28,12 @@ from rayrlhf.models.zero import Partitioner, callable_in_parts, whole
 __all__ = [
     "add_lora",
     "check_output_head",
+    "is_reward_model",
     "load_causal_lm",
     "load_config",
     "load_critic",
     "load_reward_model",
+    "model_config",
     "prompt_sharing",
     "quiet_loading",
     "scorer_class",
@@ -39,9 +41,6 @@ __all__ = [
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-HEADS = ("score", "classifier")
-"""What the linear heads of sequence-classification models are called."""
 
 SCORE_SHIFT = "rayrlhf_score"
 """Key of a reward model's configuration, {"shift": number}: what is added to its scores where its head has no bias."""
@@ -195,12 +194,24 @@ def load_causal_lm(path: str, model: ModelConfig, *, dtype: torch.dtype, zero: P
     Raises:
         InputRefused: where weights are missing, or samples shall be packed which the model wouldn't keep apart.
     """
-    config = load_config(path, trust_remote_code=model.trust_remote_code)
-    _refuse_lost_softcap(path, config, model)
+    config = model_config(path, model)
     lm = _read(AutoModelForCausalLM, path, config, model, dtype, zero)
     with callable_in_parts(lm):
         _refuse_leaks(path, lm.base_model, model)
         return with_cpu_kernels(lm)
+
+
+def model_config(path: str, model: ModelConfig, num_layers: int | None = None) -> Any:
+    """A model's configuration as it is read with; with ``num_layers`` of its first layers alone.
+
+    Raises:
+        InputRefused: where there is no model at ``path``, or it can't be run as ``model`` says.
+    """
+    config = load_config(path, trust_remote_code=model.trust_remote_code)
+    _refuse_lost_softcap(path, config, model)
+    if num_layers is not None:
+        shorten(config, num_layers, path)
+    return config
 
 
 def _refuse_lost_softcap(path: str, config: Any, model: ModelConfig) -> None:
@@ -351,11 +362,7 @@ def _refuse_tied(lm: Any) -> None:
 def _backbone(
     path: str, model: ModelConfig, dtype: torch.dtype, num_layers: int | None, zero: Partitioner | None
 ) -> Any:
-    config = load_config(path, trust_remote_code=model.trust_remote_code)
-    _refuse_lost_softcap(path, config, model)
-    if num_layers is not None:
-        shorten(config, num_layers, path)
-    backbone = _read(AutoModel, path, config, model, dtype, zero)
+    backbone = _read(AutoModel, path, model_config(path, model, num_layers), model, dtype, zero)
     with callable_in_parts(backbone):
         _refuse_leaks(path, backbone, model)
         return with_cpu_kernels(backbone)
@@ -380,7 +387,7 @@ def load_critic(
     a random head over them would drown the first advantages in noise.
     """
     scorer = None
-    if _is_reward_model(load_config(path, trust_remote_code=model.trust_remote_code)):
+    if is_reward_model(load_config(path, trust_remote_code=model.trust_remote_code)):
         scorer = load_reward_model(path, model, dtype=dtype, num_layers=num_layers, zero=zero)
     backbone: Any = scorer.backbone if scorer is not None else _backbone(path, model, dtype, num_layers, zero)
     size = backbone.config.get_text_config().hidden_size
@@ -395,7 +402,8 @@ def load_critic(
     return ScalarModel(backbone, head.to(dtype))
 
 
-def _is_reward_model(config: PretrainedConfig) -> bool:
+def is_reward_model(config: PretrainedConfig) -> bool:
+    """Whether a configuration is that of a sequence-classification model with one label."""
     classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     return classifies and config.num_labels == 1
 
@@ -415,22 +423,14 @@ def load_reward_model(
     """
     from transformers import AutoModelForSequenceClassification
 
-    config: Any = load_config(path, trust_remote_code=model.trust_remote_code)
-    if getattr(config, "num_labels", 1) != 1:
-        raise InputRefused(f"reward model {path!r} has {config.num_labels} labels; a reward model has exactly 1")
-    _refuse_lost_softcap(path, config, model)
-    if num_layers is not None:
-        shorten(config, num_layers, path)
+    config = model_config(path, model, num_layers)
+    check_one_label(path, config)
     classifier = _read(AutoModelForSequenceClassification, path, config, model, dtype, zero)
     backbone = classifier.base_model
     with callable_in_parts(backbone):
         _refuse_bidirectional(path, backbone)
         _refuse_leaks(path, backbone, model)
-    head = next((getattr(classifier, n) for n in HEADS if hasattr(classifier, n)), None)
-    if not isinstance(head, nn.Linear):
-        raise InputRefused(
-            f"reward model {path!r} ({type(classifier).__name__}) has no linear head named score or classifier"
-        )
+    head = linear_head(path, classifier)
     shift = (getattr(config, SCORE_SHIFT, None) or {}).get("shift", 0.0)
     with callable_in_parts(backbone):
         return ScalarModel(with_cpu_kernels(backbone), _shifted(head, shift))

@@ -32,6 +32,7 @@ __all__ = [
     "base_settings",
     "callable_in_parts",
     "cast",
+    "check_disk",
     "count_elements",
     "disk_folder",
     "frozen_settings",
@@ -39,6 +40,7 @@ __all__ = [
     "offload_settings",
     "partitioner_of",
     "register_output_layer",
+    "replaced",
     "whole",
 ]
 
@@ -47,8 +49,8 @@ Where = Literal["none", "cpu", "nvme"]
 ASYNC_LOADING = "HF_DEACTIVATE_ASYNC_LOAD"
 """Environment variable of transformers: weights are read when their turn comes, not by threads that run ahead."""
 
-FROZEN_TIMEOUT_S = 1800.0
-"""Deadline of collective operations of a model that nothing trains; the driver's deadline of each call comes first."""
+FROZEN_TIMEOUT_S = 86400.0
+"""Deadline of collective operations of a model that nothing trains: the driver's deadline of each call comes first."""
 
 
 # -- start ------------------------------------------------------------------------------------------------------------
@@ -129,12 +131,34 @@ def disk_folder(config: TrainedConfig, key: str) -> str | None:
         None where nothing lives on a disk.
 
     Raises:
+        InputRefused: see `check_disk`.
+    """
+    if not _on_disk(config):
+        return None
+    check_disk(config, key)
+    assert config.nvme_path is not None
+    return _own_folder(Path(config.nvme_path), key)
+
+
+def _on_disk(config: TrainedConfig) -> list[str]:
+    """The keys of a section that want states on a disk."""
+    return [name for name in ("offload_optimizer", "offload_parameters") if getattr(config, name) == "nvme"]
+
+
+def check_disk(config: TrainedConfig, key: str) -> None:
+    """Whether states can live on a disk of this machine, where the configuration wants that.
+
+    Args:
+        config: of the trained model.
+        key: the section of the configuration.
+
+    Raises:
         InputRefused: where the ZeRO stage isn't 3, or the folder can't be written, or DeepSpeed's asynchronous I/O can't be
             built on this machine (it needs libaio's headers and a C++ compiler).
     """
-    wanted = [name for name in ("offload_optimizer", "offload_parameters") if getattr(config, name) == "nvme"]
+    wanted = _on_disk(config)
     if not wanted:
-        return None
+        return
     names = " and ".join(f"{key}.{name}" for name in wanted)
     if config.zero_stage != 3:
         # DeepSpeed would keep them in host memory, without a word.
@@ -153,14 +177,13 @@ def disk_folder(config: TrainedConfig, key: str) -> str | None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     # Its own notes would go to the terminal, one a rank.
-    with _replaced(AsyncIOBuilder, "warning", lambda self, message: None):
+    with replaced(AsyncIOBuilder, "warning", lambda self, message: None):
         builds = AsyncIOBuilder().is_compatible(verbose=False)
     if not builds:
         raise InputRefused(
             f"{names} is nvme, but DeepSpeed's asynchronous I/O can't be built here: it needs libaio with its headers "
             "(apt install libaio-dev, or dnf install libaio-devel) and a C++ compiler; or set it to cpu"
         )
-    return _own_folder(folder, key)
 
 
 @functools.cache
@@ -171,7 +194,7 @@ def _own_folder(folder: Path, key: str) -> str:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Within it ``owner.name`` is another one."""
     before = getattr(owner, name)
     setattr(owner, name, value)
@@ -305,7 +328,7 @@ class Partitioner:
         before = os.environ.get(ASYNC_LOADING)
         os.environ[ASYNC_LOADING] = "1"
         try:
-            with _replaced(core_model_loading, "set_param_for_module", place_and_partition):
+            with replaced(core_model_loading, "set_param_for_module", place_and_partition):
                 yield
         finally:
             del os.environ[ASYNC_LOADING]

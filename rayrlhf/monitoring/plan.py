@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,19 +25,40 @@ GIB = 2**30
 
 def render_plan(rows: Sequence[tuple[str, str, object, str]], console: Console) -> None:
     """Prints rows of (section, name, value, how the value comes about), with a line between sections."""
-    table = Table(title=Text("Plan", style="bold"), title_justify="left", box=box.ROUNDED, show_header=False)
-    table.add_column(style="bold cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_column(justify="right", overflow="fold")
-    table.add_column(style="dim", overflow="fold")
-    previous = None
+    cells: list[list[str]] = []
     for section, name, value, how in rows:
+        cells.append([printable(text, console) for text in (section, name, _shown(value), how)])
+    widths = _widths(cells, console)
+    table = Table(title=Text("Plan", style="bold"), title_justify="left", box=box.ROUNDED, show_header=False)
+    table.add_column(style="bold cyan", no_wrap=True, width=widths[0])
+    table.add_column(overflow="fold", width=widths[1])
+    table.add_column(justify="right", overflow="fold", width=widths[2])
+    table.add_column(style="dim", overflow="fold", width=widths[3])
+    previous = None
+    for section, *rest in cells:
         if previous not in (None, section):
             table.add_section()
-        heading = section if section != previous else ""
-        table.add_row(*(Text(printable(text, console)) for text in (heading, name, _shown(value), how)))
+        table.add_row(*(Text(text) for text in (section if section != previous else "", *rest)))
         previous = section
     console.print(table)
+
+
+def _widths(rows: Sequence[Sequence[str]], console: Console) -> list[int] | list[None]:
+    """Widths of a table's columns with which no word is broken: keys and paths can be copied. What is left goes to the columns
+    that need least of it. Where the terminal is too narrow, None for each: words are broken then."""
+    columns = list(zip(*rows, strict=True))
+    if not columns:
+        return [None] * 4
+    least = [max((cell_len(word) for cell in column for word in cell.split()), default=1) for column in columns]
+    whole = [max(cell_len(line) for cell in column for line in [*cell.splitlines(), ""]) for column in columns]
+    left = console.width - sum(least) - 3 * len(columns) - 1
+    if left < 0:
+        return [None] * len(columns)
+    widths = list(least)
+    for k in sorted(range(len(columns)), key=lambda k: whole[k] - least[k]):
+        more = min(max(0, whole[k] - least[k]), left)
+        widths[k], left = widths[k] + more, left - more
+    return widths
 
 
 def _shown(value: object) -> str:
@@ -95,12 +117,18 @@ def _gib(count: int | None) -> str:
 def _models(plan: Plan, console: Console) -> None:
     if not plan.known.models:
         return
-    table = _table("Models", "role", "model", "known from", "parameters", right=1)
+    table = _table("Models", "role", "model", "parameters", right=1)
+    rows = []
     for role, models in plan.known.models.items():
         for model in models:
             count = model.shape.parameters(head=model.head, layers=model.layers)
-            row = (role, model.path, model.shape.source, f"{count:,}")
-            table.add_row(*(Text(printable(text, console)) for text in row))
+            rows.append(
+                [printable(text, console) for text in (role, f"{model.path}\n  {model.shape.source}", f"{count:,}")]
+            )
+    for column, width in zip(table.columns, _widths(rows, console), strict=True):
+        column.width = width if width is None else max(width, cell_len(str(column.header)))
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)
 
 
@@ -204,15 +232,19 @@ def _transfer(plan: Plan, console: Console) -> None:
     transfer = plan.transfer
     assert transfer is not None
     table = _table("Weights, one transfer", "", "over", "GB", "GB/s", "s", right=3)
-    parts: list[tuple[str, Crossing | None]] = [
-        (f"{transfer.what}, {transfer.transport}", transfer.send),
-        ("gathered from all ranks", transfer.gather),
-    ]
-    for name, crossing in parts:
-        if crossing is not None:
-            speed = "?" if crossing.bytes_per_s is None else f"{crossing.bytes_per_s / 1e9:,.0f}"
-            seconds = "?" if crossing.seconds is None else f"{crossing.seconds:,.2f}"
-            table.add_row(name, crossing.wire, f"{crossing.nbytes / 1e9:,.2f}", speed, seconds)
-    whole = "?" if transfer.seconds is None else f"{transfer.seconds:,.2f}"
-    table.add_row("together", f"buckets of {transfer.bucket_bytes / 2**20:,.0f} MiB", "", "", whole, style="bold")
+    for one, when in ((transfer, ""), (transfer.base, ", once before the first")):
+        if one is None:
+            continue
+        parts: list[tuple[str, Crossing | None]] = [
+            (f"{one.what}, {one.transport}{when}", one.send),
+            ("gathered from all ranks", one.gather),
+        ]
+        for name, crossing in parts:
+            if crossing is not None:
+                speed = "?" if crossing.bytes_per_s is None else f"{crossing.bytes_per_s / 1e9:,.0f}"
+                seconds = "?" if crossing.seconds is None else f"{crossing.seconds:,.2f}"
+                table.add_row(name, crossing.wire, f"{crossing.nbytes / 1e9:,.2f}", speed, seconds)
+        whole = "?" if one.seconds is None else f"{one.seconds:,.2f}"
+        table.add_row("together", f"buckets of {one.bucket_bytes / 2**20:,.0f} MiB", "", "", whole, style="bold")
+        table.add_section()
     console.print(table)

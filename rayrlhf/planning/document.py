@@ -7,7 +7,7 @@ from typing import Any
 
 from rayrlhf.planning.memory import CONTEXT, ENGINE_WORKSPACE, HOST_PROCESS, WORKSPACE
 from rayrlhf.planning.plan import Plan
-from rayrlhf.planning.transfer import GPU_BYTES_PER_S, HOST_BYTES_PER_S, Crossing
+from rayrlhf.planning.transfer import GPU_BYTES_PER_S, HOST_BYTES_PER_S, Crossing, Transfer
 
 __all__ = ["document", "resources_of"]
 
@@ -22,9 +22,9 @@ def document(plan: Plan) -> dict[str, Any]:
     - ``roles``: by role ``processes``, ``gpus_each``, and ``models`` with ``key``, ``path``, ``parameters``, ``source``.
     - ``placement``: ``assumed``, ``machines``, ``pools``, ``seats``; null where the roles can't be placed.
     - ``memory``: ``gpus`` (``machine``, ``gpu``, ``roles``, ``limit_bytes``, ``peak_phase``, ``peak_bytes``, ``phases``: bytes by
-      phase and part), ``machines`` (``name``, ``limit_bytes``, ``total_bytes``, ``parts``), ``assumed``.
-    - ``transfers``: ``transport``, ``what``, ``bytes``, ``bucket_bytes``, ``seconds``, and ``send`` and ``gather`` with ``wire``,
-      ``bytes``, ``bytes_per_s``, ``seconds``.
+      phase and part), ``machines`` (``name``, ``limit_bytes``, ``total_bytes``, ``parts``, ``phases``), ``assumed``.
+    - ``transfers``: ``transport``, ``what``, ``when``, ``bytes``, ``bucket_bytes``, ``gathered_bytes``, ``seconds``, and ``send``
+      and ``gather`` with ``wire``, ``bytes``, ``bytes_per_s``, ``seconds``. The one of each step, then what is sent once.
     - ``resources``: ``GPU``, ``CPU``, ``nodes``, ``gpus_by_node``: what the run asks Ray for.
     """
     return {
@@ -110,6 +110,7 @@ def _memory(plan: Plan) -> dict[str, Any] | None:
             "limit_bytes": host.limit,
             "total_bytes": host.total,
             "parts": dict(host.parts),
+            "phases": {name: dict(parts) for name, parts in host.phases.items()},
         }
         for host in usage.hosts
     ]
@@ -128,17 +129,22 @@ def _transfers(plan: Plan) -> list[dict[str, Any]]:
     transfer = plan.transfer
     if transfer is None:
         return []
-    return [
-        {
-            "transport": transfer.transport,
-            "what": transfer.what,
-            "bytes": transfer.nbytes,
-            "bucket_bytes": transfer.bucket_bytes,
-            "seconds": transfer.seconds,
-            "send": _crossing(transfer.send),
-            "gather": None if transfer.gather is None else _crossing(transfer.gather),
-        }
-    ]
+    base = [] if transfer.base is None else [_sending(transfer.base, "once, before the first")]
+    return [_sending(transfer, "each step"), *base]
+
+
+def _sending(transfer: Transfer, when: str) -> dict[str, Any]:
+    return {
+        "transport": transfer.transport,
+        "what": transfer.what,
+        "when": when,
+        "bytes": transfer.nbytes,
+        "bucket_bytes": transfer.bucket_bytes,
+        "gathered_bytes": transfer.gathered_bytes,
+        "seconds": transfer.seconds,
+        "send": _crossing(transfer.send),
+        "gather": None if transfer.gather is None else _crossing(transfer.gather),
+    }
 
 
 def _crossing(crossing: Crossing) -> dict[str, Any]:

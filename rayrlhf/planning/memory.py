@@ -8,10 +8,12 @@ P: parameters of the model, T: those of them that are trained, N: data-parallel 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rayrlhf.config.derive import data_ranks
 from rayrlhf.config.trainers import LoraConfig, ModelConfig, TrainedConfig
+from rayrlhf.planning.offload import Block, moved_bytes, optimizer_blocks, parameter_blocks, pinned_bytes, segment_bytes
 from rayrlhf.planning.shapes import Shape, Weight, numel
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "PARTS",
     "WORKSPACE",
     "ModelBytes",
+    "engine_backup_bytes",
     "engine_bytes",
     "forward_bytes",
     "frozen_bytes",
@@ -77,6 +80,12 @@ class ModelBytes:
     """Parameters that are whole for a while, in forwards."""
     host: Mapping[str, int] = field(default_factory=dict)
     """What lives in host memory, by part."""
+    pinning: int = 0
+    """What these take besides, at most, where they are page-locked for a GPU."""
+    away: int = 0
+    """What host memory takes in all while everything that is `resident` has left its GPU."""
+    loading: int = 0
+    """In host memory while the model is read."""
     disk: int = 0
     """What lives on a disk."""
 
@@ -117,8 +126,8 @@ def trained_bytes(
       Stage 1 in float32 has them whole until they are reduced. The step makes a copy, with stage 3 of 10^9 numbers at a time.
     - Reduction bucket, with more than one rank: b times its numbers: those of the largest tensor, at least 2^24, at most T.
     - Stage 3: up to 10^9 parameters are whole at a time in b bytes each.
-    - Offload: what is in host memory or on a disk isn't on the device; there remains one tensor at a time for gradients, and
-      the host has 4 T / N for gradients beside the optimizer's states.
+    - Offload: what is in host memory or on a disk isn't on the device; the blocks in host memory are listed in
+      `rayrlhf.planning.offload`.
 
     Args:
         head: see `Shape.weights`.
@@ -137,23 +146,54 @@ def trained_bytes(
     whole = _whole(everything, size) if stage == 3 and (ranks > 1 or config.offload_parameters != "none") else 0
     unreduced = 4 * learnt if stage == 1 and size == 4 and ranks > 1 else 0
     copy = 4 * min(learnt // ranks, SUB_GROUP if stage == 3 else learnt)
-    host: dict[str, int] = {}
+    blocks: list[Block] = []
     disk = 0
     if config.offload_optimizer != "none":
-        host["gradients"] = 4 * learnt // ranks
-        gradients, copy = (6 * learnt if stage == 1 and size == 2 else size * largest), 0
+        gradients, copy = _gradients_beside_offload(config, learnt, largest, ranks), 0
         if config.offload_optimizer == "cpu":
-            host["optimizer"] = optimizer
+            blocks += optimizer_blocks(trained, ranks, stage, size, SUB_GROUP)
         else:
+            blocks.append(Block("gradients", 4 * learnt // ranks, True))
             disk += optimizer
         optimizer = 0
+    if config.offload_parameters == "cpu":
+        blocks += parameter_blocks(everything, trained, ranks, size)
     if config.offload_parameters != "none":
-        if config.offload_parameters == "cpu":
-            host["parameters"] = parameters
-        else:
-            disk += parameters
+        disk += parameters if config.offload_parameters == "nvme" else 0
         parameters = 0
-    return ModelBytes(parameters, gradients, optimizer, bucket + whole + unreduced, copy, whole, host, disk)
+    states = ModelBytes(parameters, gradients, optimizer, bucket + whole + unreduced, copy, whole, disk=disk)
+    # What is trained lies in one piece, and so does each kind of its states; what isn't, tensor by tensor.
+    flat = 0 if config.offload_parameters != "none" else size * learnt // (ranks if stage == 3 else 1)
+    apart = [] if config.lora is None or config.offload_parameters != "none" else model
+    moved = [flat, gradients, *[optimizer // 3] * 3, *_shares(apart, size, ranks if stage == 3 else 1)]
+    # Read in float32, unless ZeRO-3 spreads each tensor as it is read (`rayrlhf.actors.language_model.load_trained_lm`).
+    read = shape.weights(head=head, layers=layers)
+    loading = size * max(w.numel for w in read) if stage == 3 else 4 * numel(read)
+    return replace(states, **_hosted(blocks), away=sum(map(moved_bytes, moved)), loading=loading)
+
+
+def _hosted(blocks: Sequence[Block]) -> dict[str, Any]:
+    """Blocks in host memory by part, and what page-locking adds to them: they are larger, and freed ones stay."""
+    host: dict[str, int] = {}
+    for block in blocks:
+        if not block.freed:
+            host[block.part] = host.get(block.part, 0) + block.nbytes
+    taken = sum(pinned_bytes(block.nbytes) if block.pinned else block.nbytes for block in blocks)
+    return {"host": host, "pinning": taken - sum(host.values())}
+
+
+def _shares(weights: Sequence[Weight], size: int, ranks: int) -> list[int]:
+    return [size * -(-w.numel // ranks) for w in weights]
+
+
+def _gradients_beside_offload(config: TrainedConfig, learnt: int, largest: int, ranks: int) -> int:
+    """What stays of gradients on the device where the optimizer's states don't: of bfloat16 models what stage 1 adds up in
+    float32, and the last backward pass; the rank's share of that sum in stage 2. Else it is in host memory, and one tensor at a
+    time on the device."""
+    size = itemsize_of(config.dtype)
+    if size == 2 and config.zero_stage == 1:
+        return 6 * learnt
+    return size * largest + (4 * learnt // ranks if size == 2 and config.zero_stage == 2 else 0)
 
 
 def _trained_of(
@@ -170,11 +210,16 @@ def frozen_bytes(
 ) -> ModelBytes:
     """What a rank of a model holds that nothing trains: b P; with stage 3 b P / N, and live parameters besides."""
     weights, size = shape.weights(head=head), itemsize_of(dtype)
-    parameters = size * numel(weights) // (ranks if zero_stage == 3 else 1)
+    over = ranks if zero_stage == 3 else 1
+    parameters = size * numel(weights) // over
     whole = _whole(weights, size) if zero_stage == 3 and (ranks > 1 or offloaded) else 0
+    # With stage 3 each tensor is spread as it is read, else all of them are there before any leaves for the device.
+    loading = size * max(w.numel for w in weights) if zero_stage == 3 else size * numel(weights)
     if offloaded:
-        return ModelBytes(0, forward_buffers=whole, buffers=whole, host={"parameters": parameters})
-    return ModelBytes(parameters, forward_buffers=whole, buffers=whole)
+        hosted = _hosted([*parameter_blocks(weights, [], ranks, size)])
+        return ModelBytes(0, forward_buffers=whole, buffers=whole, **hosted, loading=loading)
+    away = sum(map(moved_bytes, _shares(weights, size, over)))
+    return ModelBytes(parameters, forward_buffers=whole, buffers=whole, away=away, loading=loading)
 
 
 # -- activations ------------------------------------------------------------------------------------------------------
@@ -235,3 +280,22 @@ def engine_bytes(shape: Shape, dtype: str, tensor_parallel: int) -> int:
     weights, size = shape.weights(), itemsize_of(dtype)
     vectors = numel(w for w in weights if len(w.shape) == 1)
     return size * ((numel(weights) - vectors) // tensor_parallel + vectors)
+
+
+def engine_backup_bytes(shape: Shape, dtype: str, tensor_parallel: int) -> int:
+    """Host memory for the weights of one GPU of an engine of vLLM that sleeps, at most.
+
+    vLLM copies each segment of its GPU memory to a page-locked block (`CuMemAllocator.sleep` in device_allocator/cumem.py).
+    Tensors of 10 MiB and more have segments of their own, in steps of 2 MiB, as torch's allocator has it; projections of the
+    same input are one tensor: queries, keys and values; gate and up.
+    """
+    size, t = itemsize_of(dtype), tensor_parallel
+    joined: dict[tuple[str, str], int] = {}
+    for w in shape.weights():
+        place, _, name = w.name.removesuffix(".weight").rpartition(".")
+        kind = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}.get(
+            name, name
+        )
+        own = w.numel if len(w.shape) == 1 else w.numel // t
+        joined[place, kind] = joined.get((place, kind), 0) + own * size
+    return segment_bytes(joined.values())

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayrlhf.config.base import JobConfig
-from rayrlhf.config.derive import derive, derive_offline, roles_of
+from rayrlhf.config.derive import derive, derive_offline
 from rayrlhf.config.jobs import ModelEvaluationConfig, SamplingConfig
 from rayrlhf.config.schema import Config, ScoreSource
+from rayrlhf.planning.claims import started_roles
 from rayrlhf.planning.known import HubAwayError, NoSuchFolderError, NotKnownError, NotThereError, shape_of
 from rayrlhf.planning.memory import ModelBytes, forward_bytes, frozen_bytes, trained_bytes, training_bytes
 from rayrlhf.planning.shapes import Shape
@@ -56,8 +57,9 @@ def known_models(config: JobConfig, *, online: bool = True) -> Known:
     known = Known()
     fallback: RoleModel | None = None
     told: set[str] = set()
+    roles = {*started_roles(config), "policy"}
     for role, key, path, head, layers in _wanted(config):
-        if role not in (*roles_of(config), "policy"):
+        if role not in roles:
             continue
         try:
             found = RoleModel(key, path, shape_of(path, online=online), head, layers)
@@ -162,6 +164,9 @@ class HeldModels:
             buffers=whole,
             forward_buffers=whole,
             host={"parameters": host} if host else {},
+            pinning=sum(one.pinning for one in each),
+            away=sum(one.away for one in each),
+            loading=max(one.loading for one in each),  # one after the other
         )
         return cls(states, max(forward_bytes(section, m.shape, tokens, head=m.head) for m in models))
 

@@ -9,7 +9,19 @@ from typing import Literal
 
 from rayrlhf.errors import InputRefused
 
-__all__ = ["Claim", "Machine", "Placement", "Pool", "Seat", "Sharing", "fits", "place", "pools_of"]
+__all__ = [
+    "Claim",
+    "DoesNotFitError",
+    "Machine",
+    "Placement",
+    "Pool",
+    "Seat",
+    "Sharing",
+    "count_key",
+    "fits",
+    "place",
+    "pools_of",
+]
 
 Sharing = Literal["colocated", "disaggregated"] | Sequence[Sequence[str]]
 """Which roles share GPUs: all, none, or those of one list."""
@@ -80,6 +92,18 @@ class Placement:
         return frozenset(r for pool in self.pools if role in pool.roles for r in pool.roles) - {role}
 
 
+class DoesNotFitError(InputRefused):
+    """Roles that can't be placed.
+
+    Attributes:
+        problem: what is needed and what is there, without what would do.
+    """
+
+    def __init__(self, problem: str, changes: Sequence[str]):
+        super().__init__(f"cluster: {problem}; what would do: {', or '.join(changes)}")
+        self.problem = problem
+
+
 def place(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine]) -> Placement:
     """Give each process of each role its GPUs.
 
@@ -88,12 +112,13 @@ def place(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine]
     The same claims and machines always give the same placement.
 
     Raises:
-        InputRefused: where the machines are too small, with what is missing and the nearest change that would do.
+        DoesNotFitError: where the machines are too small, with what is missing and the nearest change that would do, as far as
+            GPUs go: what else a configuration asks of its numbers isn't known here.
     """
     pools = pools_of(claims, sharing)
     taken = _fit(pools, machines)
     if taken is None:
-        raise InputRefused(_why_not(claims, sharing, machines))
+        raise DoesNotFitError(_why_not(claims, sharing, machines), _changes(claims, sharing, machines))
     return _seated(pools, taken, machines)
 
 
@@ -212,20 +237,17 @@ def _seated(pools: Sequence[Sequence[Claim]], taken: _Taken, machines: Sequence[
 
 
 def _why_not(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine]) -> str:
-    """One message: what is needed, what is there, what is missing, and what would do."""
+    """What is needed, what is there, and what is missing."""
     pools = pools_of(claims, sharing)
     needed, there = sum(_size(pool) for pool in pools), sum(machine.gpus for machine in machines)
     widest, largest = max(c.gpus for pool in pools for c in pool), max((m.gpus for m in machines), default=0)
     wants = "; ".join(_wants(pool) for pool in pools)
     has = _has(machines)
     if widest > largest > 0:
-        problem = f"an engine over {widest} GPUs (rollout.tensor_parallel) stays on one machine, but found {has}"
-    elif needed > there:
-        problem = f"found {has}, but {needed} are needed ({wants}): {needed - there} too few"
-    else:
-        problem = f"found {has}, but no way to deal out {needed} of them ({wants}) keeps each engine on one machine"
-    changes = _changes(claims, sharing, machines)
-    return f"cluster: {problem}; what would do: {', or '.join(changes)}"
+        return f"an engine over {widest} GPUs (rollout.tensor_parallel) stays on one machine, but found {has}"
+    if needed > there:
+        return f"found {has}, but {needed} are needed ({wants}): {needed - there} too few"
+    return f"found {has}, but no way to deal out {needed} of them ({wants}) keeps each engine on one machine"
 
 
 def _wants(pool: Sequence[Claim]) -> str:
@@ -248,7 +270,7 @@ def _changes(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machi
     found = []
     if sharing != "colocated" and fits(claims, "colocated", machines):
         found.append("cluster.placement colocated")
-    for key in dict.fromkeys(_count_key(claim.role, claims) for claim in claims if claim.gpus):
+    for key in dict.fromkeys(count_key(claim.role, claims) for claim in claims if claim.gpus):
         if (count := _fewer(claims, sharing, machines, key)) is not None:
             found.append(f"{key} at most {count}")
     narrower = _narrower(claims, sharing, machines)
@@ -266,7 +288,7 @@ def _changes(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machi
 
 def _fewer(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Machine], key: str) -> int | None:
     """The most processes of the roles that a key counts with which all fit; None where even one is too many."""
-    counted = [_count_key(claim.role, claims) == key for claim in claims]
+    counted = [count_key(claim.role, claims) == key for claim in claims]
     most = max(claim.processes for claim, is_counted in zip(claims, counted, strict=True) if is_counted)
     for count in range(most - 1, 0, -1):
         less = [
@@ -310,7 +332,7 @@ def _one_share(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Mac
     return [f"a machine of {max(needed, max(c.gpus for c in claims))} GPUs"]
 
 
-def _count_key(role: str, claims: Sequence[Claim]) -> str:
+def count_key(role: str, claims: Sequence[Claim]) -> str:
     """The key with the number of a role's processes. An evaluation has one for the model that it measures and its reference."""
     if role == "model" or role == "reference" and any(claim.role == "model" for claim in claims):
         return "measure.ranks"

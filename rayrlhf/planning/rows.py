@@ -18,6 +18,7 @@ from rayrlhf.config.jobs import CritiqueConfig, ModelEvaluationConfig, SamplingC
 from rayrlhf.config.offline import PreferenceConfig, RewardModelConfig, SFTConfig
 from rayrlhf.config.roots import AnyConfig, OfflineConfig, TrainedRoot
 from rayrlhf.config.schema import Config, SamplerConfig
+from rayrlhf.planning.claims import started_roles
 
 __all__ = ["plan_rows"]
 
@@ -34,13 +35,13 @@ def plan_rows(config: JobConfig, examples: int | None = None) -> list[PlanRow]:
         return _job_rows(config)
     if isinstance(config, Config):
         d = derive(config)
-        return [*_batch_rows(config, d), *_role_rows(config, d), *_process_rows(config, d)]
+        return [*_batch_rows(config, d), *_role_rows(config, d), *_process_rows(config)]
     assert isinstance(config, SFTConfig | RewardModelConfig | PreferenceConfig), type(config)
     offline = derive_offline(config, examples)
     return [
         *_example_rows(config, offline, examples),
         *_offline_role_rows(config, offline),
-        *_process_rows(config, offline),
+        *_process_rows(config),
     ]
 
 
@@ -163,7 +164,8 @@ def _job_rows(config: SamplingConfig | CritiqueConfig | ModelEvaluationConfig) -
         count = len(config.models)
         rows.append(PlanRow("the run", "models", f"{count:,}", "one after the other"))
         rows.append(PlanRow("the run", "win rates", f"{count * (count - 1) // 2:,}", "each model against each"))
-        processes["measure"] = (config.measure.ranks, "measure.ranks: the model itself, for KL and perplexity")
+        if "model" in started_roles(config):
+            processes["measure"] = (config.measure.ranks, "measure.ranks: the model itself, for KL and perplexity")
         processes["reference"] = (config.measure.ranks, "measure.ranks")
         if any((config.scores.reward, config.scores.safety, config.scores.helpfulness)):
             processes["scores"] = (config.scores.ranks, "scores.ranks")
@@ -173,9 +175,10 @@ def _job_rows(config: SamplingConfig | CritiqueConfig | ModelEvaluationConfig) -
 # -- processes --------------------------------------------------------------------------------------------------
 
 
-def _process_rows(config: TrainedRoot, d: Derived | DerivedOffline) -> list[PlanRow]:
-    keys = {role: f"{role}.{'engines' if role == 'rollout' else 'ranks'}" for role in d.processes}
-    rows = _processes(config, {role: (count, keys[role]) for role, count in d.processes.items()})
+def _process_rows(config: TrainedRoot) -> list[PlanRow]:
+    started = started_roles(config)
+    keys = {role: f"{role}.{'engines' if role == 'rollout' else 'ranks'}" for role in started}
+    rows = _processes(config, {role: (count, keys[role]) for role, count in started.items()})
     if _shares_policy(config) and len(rows) > 1:
         rows.insert(1, PlanRow("processes", "reference", "0", "the policy with its LoRA adapters off"))
     return rows

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayrlhf.config.base import JobConfig
 from rayrlhf.config.offline import PreferenceConfig
 from rayrlhf.config.schema import Config
-from rayrlhf.planning.claims import assumed_machines, claims_of, machines_of
+from rayrlhf.planning.claims import assumed_machines, claims_of, machines_of, started_roles
 from rayrlhf.planning.memory import itemsize_of
 from rayrlhf.planning.placement import Placement, place
-from rayrlhf.planning.shapes import Shape, numel
+from rayrlhf.planning.shapes import Shape, Weight, numel
 
 __all__ = ["Crossing", "Transfer", "sends_weights", "transfer_of", "transport_of"]
 
 MIB = 2**20
+GROUP_BYTES = 2**28
+"""Parameters under ZeRO-3 are gathered in groups of about so many bytes."""
 HOST = "the machine's memory"
 HOST_BYTES_PER_S = 10e9
 """Assumed: one process copies so many bytes a second within a machine's memory."""
@@ -46,7 +49,7 @@ class Transfer:
 
     transport: str
     what: str
-    """``merged`` weights, or the ``adapter`` alone."""
+    """``merged`` weights, or the ``adapter`` alone, or the ``base`` that it belongs to."""
     nbytes: int
     """What each engine receives, all of its GPUs together."""
     bucket_bytes: int
@@ -54,7 +57,21 @@ class Transfer:
     send: Crossing
     """From the policy to the engines."""
     gather: Crossing | None
-    """From all ranks of a policy under ZeRO-3 to those that send."""
+    """From all ranks of a policy under ZeRO-3, or under AutoTP from those that share its weights, to those that send."""
+    gathered_bytes: int = 0
+    """What a rank of the policy has of whole parameters at one time while they are gathered."""
+    base: Transfer | None = None
+    """What is sent once, before the first one: the model that an adapter belongs to."""
+
+    @property
+    def largest_bucket(self) -> int:
+        """Of this one and its base."""
+        return max(self.bucket_bytes, 0 if self.base is None else self.base.bucket_bytes)
+
+    @property
+    def most_gathered(self) -> int:
+        """`gathered_bytes`, of this one or its base."""
+        return max(self.gathered_bytes, 0 if self.base is None else self.base.gathered_bytes)
 
     @property
     def seconds(self) -> float | None:
@@ -70,7 +87,7 @@ class Transfer:
 
 def sends_weights(config: JobConfig) -> bool:
     """Whether a run has engines which receive weights."""
-    return isinstance(config, Config) or (isinstance(config, PreferenceConfig) and config.guard.kl_prompts > 0)
+    return isinstance(config, Config | PreferenceConfig) and "rollout" in started_roles(config)
 
 
 def transport_of(config: Any, placement: Placement | None = None) -> str:
@@ -111,23 +128,54 @@ def _gpus(placement: Placement, role: str) -> set[tuple[int, int]]:
 def transfer_of(config: Any, shape: Shape, placement: Placement | None) -> Transfer:
     """Bytes and wires of one transfer.
 
-    Merged weights are all parameters, and an adapter is r (in + out) numbers a linear layer, in the policy's type.
+    Merged weights are all parameters, and an adapter is r (in + out) numbers a linear layer; they travel in the engines' type.
+    With ``rollout.lora_transfer: adapter`` all parameters are sent once, before the first adapter.
     ``ipc`` copies within each GPU. ``nccl`` sends once over each link: a broadcast in a ring is bound by its slowest link,
     whatever the number of receivers. ``gloo`` broadcasts in a tree: the sender sends log2 of the processes' number copies.
-    ``shared_memory`` writes once and reads once an engine's process. Under ZeRO-3 all shares but its own come to a rank that
-    sends, (N - 1) / N of all; with ``ipc`` every rank is one.
+    ``shared_memory`` writes once and reads once an engine's process.
+
+    Parameters are gathered in the policy's own type. Under ZeRO-3 all shares but its own come to each rank, (N - 1) / N of all,
+    in groups of 256 MiB; under AutoTP over t ranks (t - 1) / t of each linear weight, one at a time, in parts that are then put
+    together: twice its size. See `rayrlhf.models.export.named_weights`.
     """
     policy, rollout = config.policy, config.rollout
-    tensors = shape.adapters(policy.lora) if rollout.lora_transfer == "adapter" else shape.weights()
-    size = itemsize_of(policy.dtype)
+    transport = transport_of(config, placement)
+    whole = _transfer(config, "merged", shape.weights(), transport, placement)
+    if rollout.lora_transfer != "adapter":
+        return whole
+    adapter = _transfer(config, "adapter", shape.adapters(policy.lora), transport, placement)
+    return replace(adapter, base=replace(whole, what="base"))
+
+
+def _transfer(
+    config: Any, what: str, tensors: Sequence[Weight], transport: str, placement: Placement | None
+) -> Transfer:
+    policy, rollout = config.policy, config.rollout
+    size, own = itemsize_of(rollout.dtype or policy.dtype), itemsize_of(policy.dtype)
     nbytes, largest = size * numel(tensors), size * max(w.numel for w in tensors)
     bucket = min(nbytes, max(int(rollout.weight_bucket_mib * MIB), largest))
-    transport = transport_of(config, placement)
-    gather = None
+    gather, gathered = None, 0
     if policy.zero_stage == 3 and policy.ranks > 1:
-        gather = _across(nbytes * (policy.ranks - 1) // policy.ranks, ["policy"], placement)
+        machines = _machines(["policy"], placement)
+        gather = _across(own * numel(tensors) * (policy.ranks - 1) // policy.ranks, machines, placement)
+        gathered = _largest_group([own * w.numel for w in tensors])
+    elif policy.tensor_parallel > 1:
+        t = policy.tensor_parallel
+        divided = [w for w in tensors if w.linear and "lm_head" not in w.name]
+        gather = _across(own * numel(divided) * (t - 1) // t, _machines_of_a_group(t, placement), placement)
+        gathered = 2 * own * max(w.numel for w in divided)
     send = _sent(transport, nbytes, rollout.engines * rollout.tensor_parallel, placement)
-    return Transfer(transport, rollout.lora_transfer, nbytes, bucket, send, gather)
+    return Transfer(transport, what, nbytes, bucket, send, gather, gathered)
+
+
+def _largest_group(sizes: Sequence[int]) -> int:
+    """The most bytes of a group of neighbouring tensors, which is full with the one that makes it 256 MiB or more."""
+    largest = count = 0
+    for size in sizes:
+        count += size
+        largest = max(largest, count)
+        count = 0 if count >= GROUP_BYTES else count
+    return largest
 
 
 def _sent(transport: str, nbytes: int, receivers: int, placement: Placement | None) -> Crossing:
@@ -136,12 +184,24 @@ def _sent(transport: str, nbytes: int, receivers: int, placement: Placement | No
     if transport == "shared_memory":
         return Crossing(HOST, nbytes * (1 + receivers), HOST_BYTES_PER_S)
     copies = 1 if transport == "nccl" else receivers.bit_length()  # of receivers and the sender: log2, rounded up
-    return _across(nbytes * copies, ["policy", "rollout"], placement, from_host=transport == "gloo")
+    machines = _machines(["policy", "rollout"], placement)
+    return _across(nbytes * copies, machines, placement, from_host=transport == "gloo")
 
 
-def _across(nbytes: int, roles: list[str], placement: Placement | None, *, from_host: bool = False) -> Crossing:
-    """Bytes between the processes of some roles."""
-    machines = [] if placement is None else sorted({seat.machine for role in roles for seat in placement.of(role)})
+def _machines(roles: Sequence[str], placement: Placement | None) -> list[int]:
+    """On which the processes of some roles sit."""
+    return [] if placement is None else sorted({seat.machine for role in roles for seat in placement.of(role)})
+
+
+def _machines_of_a_group(size: int, placement: Placement | None) -> list[int]:
+    """The machines of those neighbouring ranks of the policy, of so many that share its weights, which sit on most of them."""
+    seats = [] if placement is None else placement.of("policy")
+    groups = [sorted({seat.machine for seat in seats[k : k + size]}) for k in range(0, len(seats), size)]
+    return max(groups, key=len, default=[])
+
+
+def _across(nbytes: int, machines: Sequence[int], placement: Placement | None, *, from_host: bool = False) -> Crossing:
+    """Bytes between processes on some machines."""
     if placement is None or not machines:
         return Crossing(HOST, nbytes, HOST_BYTES_PER_S)
     if len(machines) > 1:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rayrlhf.config.derive import roles_of
 from rayrlhf.config.jobs import CritiqueConfig, ModelEvaluationConfig, SamplingConfig
 from rayrlhf.config.offline import PreferenceConfig
 from rayrlhf.config.schema import Config
+from rayrlhf.planning.claims import started_roles, starts_of
 from rayrlhf.planning.memory import (
     CONTEXT,
     ENGINE_WORKSPACE,
     HOST_PROCESS,
     HOST_PROCESS_CPU,
     WORKSPACE,
+    engine_backup_bytes,
     engine_bytes,
     itemsize_of,
 )
@@ -24,17 +25,21 @@ from rayrlhf.planning.models import HeldModels, Known
 from rayrlhf.planning.placement import Machine, Placement, Seat
 from rayrlhf.planning.transfer import Transfer
 
-__all__ = ["EngineBytes", "GpuUsage", "HostUsage", "Usage", "engine_of", "phases_of", "usage_of"]
+__all__ = ["START", "EngineBytes", "GpuUsage", "HostUsage", "Usage", "engine_of", "phases_of", "usage_of"]
 
 Level = Literal["none", "weights", "all"]
 Parts = Counter[str]
+
+START = "start"
+"""The phase before the first one: models are read, and roles built."""
 
 BLOCK = {"cuda": 16, "cpu": 128}
 """Tokens of a block of vLLM's KV cache."""
 
 
 def phases_of(config: Any) -> dict[str, dict[str, Level]]:
-    """What each phase of a run needs on the devices, by role."""
+    """What each phase of a run needs on the devices, by role. What its start needs, which comes before all of them, depends on
+    the order in which roles are built."""
     if isinstance(config, Config):
         scorers: dict[str, Level] = dict.fromkeys(("policy", "critic", "reference", "reward"), "weights")
         return {
@@ -45,12 +50,12 @@ def phases_of(config: Any) -> dict[str, dict[str, Level]]:
         }
     if isinstance(config, SamplingConfig | CritiqueConfig | ModelEvaluationConfig):
         found: dict[str, dict[str, Level]] = {"rollout": {"rollout": "all"}}
-        later = [role for role in roles_of(config) if role != "rollout"]
+        later = [role for role in started_roles(config) if role != "rollout"]
         return found | ({"score": dict.fromkeys(later, "weights")} if later else {})
     phases: dict[str, dict[str, Level]] = {"update": {"policy": "all"}}
     if isinstance(config, PreferenceConfig):
         phases = {"score": {"policy": "weights", "reference": "weights"}, **phases}
-        if config.guard.kl_prompts > 0:
+        if "rollout" in started_roles(config):
             phases |= {"rollout": {"rollout": "all"}, "transfer": {"policy": "weights", "rollout": "weights"}}
     return phases
 
@@ -66,6 +71,8 @@ class EngineBytes:
     kv_cache: int
     """Below 0 where weights and workspace leave nothing of the engine's share."""
     workspace: int
+    backup: int
+    """Host memory for its weights while it sleeps, at most."""
     sequence: int
     """KV cache of the longest sequence."""
     sequences: int
@@ -99,7 +106,8 @@ def engine_of(config: Any, known: Known, gpu_memory: int | None) -> EngineBytes 
         cache = int(rollout.gpu_memory_fraction * gpu_memory) - weights - workspace
     else:
         cache = rollout.max_num_seqs * sequence
-    return EngineBytes(weights, cache, workspace, sequence, max(0, cache) // sequence)
+    backup = engine_backup_bytes(shape, dtype, tp)
+    return EngineBytes(weights, cache, workspace, backup, sequence, max(0, cache) // sequence)
 
 
 # -- devices ----------------------------------------------------------------------------------------------------------
@@ -114,13 +122,15 @@ class GpuUsage:
     roles: tuple[str, ...]
     limit: int | None
     phases: Mapping[str, Mapping[str, int]]
-    """By phase and part."""
+    """By phase and part. Of the start it is the moment with the most bytes."""
+    before_engine: int | None = None
+    """What others have there when the engine on it is built; None where there is none."""
 
     @property
     def peak(self) -> tuple[str, int]:
-        """The phase with the most bytes, and these."""
+        """The phase with the most bytes, and these; the start only where it has more than all others."""
         totals = {phase: sum(parts.values()) for phase, parts in self.phases.items()}
-        phase = max(totals, key=lambda name: totals[name])
+        phase = max(totals, key=lambda name: (totals[name], name != START))
         return phase, totals[phase]
 
 
@@ -130,13 +140,21 @@ class HostUsage:
 
     machine: int
     limit: int | None
-    parts: Mapping[str, int]
+    phases: Mapping[str, Mapping[str, int]]
+    """By part, of ``start`` (its moment with the most bytes) and ``run``."""
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """The most of each part."""
+        found: Parts = Counter()
+        for parts in self.phases.values():
+            found |= Counter(parts)
+        return found
 
     @property
     def total(self) -> int:
-        """Loading and idle states are never there at the same time."""
-        apart = ("loading", "idle")
-        return sum(n for part, n in self.parts.items() if part not in apart) + max(self.parts.get(p, 0) for p in apart)
+        """The most at one time."""
+        return max(sum(parts.values()) for parts in self.phases.values())
 
 
 @dataclass(frozen=True)
@@ -162,6 +180,8 @@ class _Run:
     phases: Mapping[str, Mapping[str, Level]]
     turns: Mapping[str, Mapping[str, Level]]
     """What the roles that take turns on GPUs have there, by role and phase."""
+    starts: Sequence[Sequence[str]]
+    """The roles of each start, in the order in which those that share GPUs are built."""
     engines: dict[int | None, EngineBytes | None]
     """By the memory of their GPUs."""
 
@@ -181,27 +201,28 @@ def usage_of(config: Any, known: Known, placement: Placement, transfer: Transfer
     held = {
         role: HeldModels.of(config, role, models)
         for role, models in known.models.items()
-        if role != "rollout" and role in roles_of(config)
+        if role != "rollout" and role in started_roles(config)
     }
     cluster = config.cluster
     needed = phases_of(config)
     turns = _turns(needed, placement) if cluster.device == "cuda" and cluster.offload_idle else {}
-    run = _Run(config, known, placement, transfer, held, needed, turns, {})
+    inline = cluster.executor == "inline"
+    starts = [roles if inline else roles[::-1] for roles in starts_of(config)]
+    run = _Run(config, known, placement, transfer, held, needed, turns, starts, {})
     gpus: list[GpuUsage] = []
     if config.cluster.device == "cuda":
         seats: dict[tuple[int, int], list[Seat]] = {}
         for seat in placement.seats:
             for gpu in seat.gpus:
                 seats.setdefault((seat.machine, gpu), []).append(seat)
-        same: dict[Any, dict[str, Parts]] = {}
+        same: dict[Any, tuple[dict[str, Parts], int | None]] = {}
         for (m, gpu), sitting in sorted(seats.items()):
             roles = tuple(dict.fromkeys(seat.role for seat in sitting))
             # What a process holds depends on its role and its machine, and on whether it is the first.
             key = (roles, placement.machines[m].gpu_memory_bytes, tuple(seat.rank == 0 for seat in sitting))
             if key not in same:
-                same[key] = {phase: sum((_on_gpu(run, s, phase) for s in sitting), Counter()) for phase in run.phases}
-            phases = same[key]
-            gpus.append(GpuUsage(m, gpu, roles, placement.machines[m].gpu_memory_bytes, phases))
+                same[key] = _phases_on_gpu(run, sitting)
+            gpus.append(GpuUsage(m, gpu, roles, placement.machines[m].gpu_memory_bytes, *same[key]))
     used = dict.fromkeys(placement.machines[seat.machine] for seat in placement.of("rollout"))
     engines = dict.fromkeys(engine for machine in used if (engine := run.engine(machine)) is not None)
     return Usage(tuple(gpus), tuple(_hosts(run)), tuple(engines))
@@ -222,6 +243,63 @@ def _turns(phases: Mapping[str, Mapping[str, Level]], placement: Placement) -> d
         for role, level in present.items():
             found[role][phase] = level
     return found
+
+
+def _phases_on_gpu(run: _Run, sitting: Sequence[Seat]) -> tuple[dict[str, Parts], int | None]:
+    """The bytes on a GPU by phase; and what others have there when its engine is built."""
+    start: Parts = Counter()
+    before_engine = None
+    for seat, others in _builds(run, {seat.role: seat for seat in sitting}):
+        if seat.role == "rollout":
+            before_engine = sum(others.values())
+        moment = others + _built(run, seat)
+        start = max(start, moment, key=lambda parts: sum(parts.values()))
+    phases = {phase: sum((_on_gpu(run, s, phase) for s in sitting), Counter()) for phase in run.phases}
+    return {START: start, **phases}, before_engine
+
+
+def _builds(run: _Run, seats: Mapping[str, Seat]) -> Iterator[tuple[Seat, Parts]]:
+    """The processes on a GPU in the order in which they are built, each with what the earlier ones have there then.
+
+    On Ray each leaves before the next one is built; inline they stay, but for what an evaluation starts first: that leaves
+    before a model's own roles are built.
+    """
+    offloads = run.config.cluster.offload_idle and len(seats) > 1
+    left: Parts = Counter()
+    for roles in run.starts:
+        staying: Parts = Counter()
+        for role in roles:
+            if role not in seats:
+                continue
+            yield seats[role], left + staying
+            stays = not offloads or run.config.cluster.executor == "inline"
+            staying += _kept(run, seats[role]) if stays else Counter({"other": CONTEXT})
+        count = sum(role in seats for role in roles)
+        left += Counter({"other": CONTEXT * count}) if offloads else staying
+
+
+def _kept(run: _Run, seat: Seat) -> Parts:
+    """What a process has on a GPU while it doesn't work and everything of it is there."""
+    parts = Counter({"other": CONTEXT})
+    if seat.role == "rollout":
+        engine = run.engine(run.placement.machines[seat.machine])
+        if engine is not None:
+            parts += Counter({"parameters": engine.weights, "kv_cache": max(0, engine.kv_cache)})
+            parts += Counter({"other": engine.workspace})
+    elif (held := run.held.get(seat.role)) is not None:
+        states = held.states
+        parts += Counter(
+            {"parameters": states.parameters, "gradients": states.gradients, "optimizer": states.optimizer}
+        )
+    return parts
+
+
+def _built(run: _Run, seat: Seat) -> Parts:
+    """What a process has on a GPU at the end of its construction, at most: everything, and under ZeRO-3 the parameters that its
+    first forwards gather."""
+    held = run.held.get(seat.role)
+    gathered = 0 if held is None else held.states.forward_buffers
+    return _kept(run, seat) + Counter({"other": WORKSPACE, "buffers": gathered})
 
 
 def _on_gpu(run: _Run, seat: Seat, phase: str) -> Parts:
@@ -258,15 +336,16 @@ def _on_gpu(run: _Run, seat: Seat, phase: str) -> Parts:
 
 
 def _transfer_buffers(run: _Run, seat: Seat) -> int:
-    """Two buckets at each end of a transfer from GPU to GPU; with ``ipc`` the engines read the policy's. Ranks that only help to
-    gather hold a bucket's worth of whole parameters."""
+    """Two buckets at each end of a transfer from GPU to GPU; with ``ipc`` the engines read the policy's. All ranks of a policy
+    whose parameters are spread over them have some whole for a while. Of the largest transfer: the base of an adapter, say."""
     transfer = run.transfer
     if transfer is None:
         return 0
+    bucket = transfer.largest_bucket
     if seat.role == "rollout":
-        return 2 * transfer.bucket_bytes if transfer.transport == "nccl" else 0
+        return 2 * bucket if transfer.transport == "nccl" else 0
     sends = transfer.transport == "ipc" or transfer.transport == "nccl" and seat.rank == 0
-    return 2 * transfer.bucket_bytes if sends else transfer.bucket_bytes if transfer.gather is not None else 0
+    return (2 * bucket if sends else 0) + transfer.most_gathered
 
 
 # -- host memory ------------------------------------------------------------------------------------------------------
@@ -274,11 +353,11 @@ def _transfer_buffers(run: _Run, seat: Seat) -> int:
 
 def _hosts(run: _Run) -> list[HostUsage]:
     """Host memory of each machine: each process by itself, what is offloaded, idle states, buckets of a transfer over host
-    memory, and the whole copy of its model that each rank reads at first, unless ZeRO-3 spreads it as it is read."""
+    memory; and in the start the whole copy of its model that each rank reads, unless ZeRO-3 spreads it as it is read."""
     machines = run.placement.machines
-    sums: list[Parts] = [Counter() for _ in machines]
+    held: list[dict[str, Counter[str]]] = [{} for _ in machines]
     same: dict[Any, Parts] = {}
-    for role, processes in roles_of(run.config).items():
+    for role, processes in started_roles(run.config).items():
         seats = run.placement.of(role)
         # Without GPUs Ray puts processes where it likes; all are counted on the first machine.
         where = [seat.machine for seat in seats] or [0] * processes
@@ -287,8 +366,43 @@ def _hosts(run: _Run) -> list[HostUsage]:
                 key = (role, rank == 0, machines[m].gpu_memory_bytes)
                 if key not in same:
                     same[key] = _in_host(run, role, rank, machines[m])
-                sums[m].update(same[key])
-    return [HostUsage(m, machine.memory_bytes, sums[m]) for m, machine in enumerate(machines) if sums[m]]
+                held[m].setdefault(role, Counter()).update(same[key])
+    pools = [pool.roles for pool in run.placement.pools]
+    return [
+        HostUsage(m, machine.memory_bytes, {START: _start_in_host(run, held[m], pools), "run": _run_in_host(held[m])})
+        for m, machine in enumerate(machines)
+        if held[m]
+    ]
+
+
+def _run_in_host(held: Mapping[str, Parts]) -> Parts:
+    """Between and in the phases: idle states keep their place."""
+    found: Parts = sum(held.values(), Counter())
+    del found["loading"]
+    return found
+
+
+def _start_in_host(run: _Run, held: Mapping[str, Parts], pools: Sequence[Sequence[str]]) -> Parts:
+    """While roles are built: those that share GPUs one after the other, others at the same time.
+
+    What one reads is gone from host memory when its states are elsewhere, there or on its GPU.
+    """
+    inline = run.config.cluster.executor == "inline"
+    total: Parts = Counter({"processes": sum(parts["processes"] for parts in held.values())})
+    queues = [[role for roles in run.starts for role in roles if role in pool] for pool in pools]
+    queues += [[role] for role in held if not any(role in queue for queue in queues)]
+    for queue in queues:
+        before: Parts = Counter()
+        worst: Parts = Counter()
+        for role in queue:
+            parts = held.get(role, Counter())
+            stays = Counter({part: parts[part] for part in ("models", "offloaded", "pinning")})
+            stays += Counter({"idle": 0 if inline else parts["idle"]})
+            for moment in (before + Counter({"loading": parts["loading"]}), before + stays):
+                worst = max(worst, moment, key=lambda found: sum(found.values()))
+            before += stays
+        total += worst
+    return total
 
 
 def _in_host(run: _Run, role: str, rank: int, machine: Machine) -> Parts:
@@ -298,29 +412,30 @@ def _in_host(run: _Run, role: str, rank: int, machine: Machine) -> Parts:
     transfer = run.transfer
     if transfer is not None and transfer.transport in ("gloo", "shared_memory"):
         if role == "rollout" and transfer.transport == "gloo":
-            parts["transfer"] = 2 * transfer.bucket_bytes * config.rollout.tensor_parallel
+            parts["transfer"] = 2 * transfer.largest_bucket * config.rollout.tensor_parallel
         if role == "policy" and rank == 0:
-            parts["transfer"] = 2 * transfer.bucket_bytes
+            parts["transfer"] = 2 * transfer.largest_bucket
     if role == "rollout":
-        engine = run.engine(machine)
+        engine, size = run.engine(machine), config.rollout.tensor_parallel
         if engine is not None and not cuda:
-            parts["models"] = (engine.weights + max(0, engine.kv_cache)) * config.rollout.tensor_parallel
+            parts["models"] = (engine.weights + max(0, engine.kv_cache)) * size
         elif engine is not None and role in run.turns:
-            parts["idle"] = engine.weights * config.rollout.tensor_parallel
+            parts["idle"] = engine.weights * size
+            if config.rollout.engine == "vllm":
+                parts["pinning"] = max(0, engine.backup - engine.weights) * size
         return parts
     held = run.held.get(role)
     if held is None:
         return parts
     states = held.states
-    parts["offloaded"] = sum(states.host.values())
+    parts["offloaded"], parts["loading"] = sum(states.host.values()), states.loading
     if not cuda:
         trains = role in run.phases.get("update", {})
         working = states.buffers + held.training if trains else states.forward_buffers + held.forward
         parts["models"] = states.resident + max(working, states.step_buffers)
         return parts
+    parts["pinning"] = states.pinning
     if role in run.turns:
         parts["idle"] = states.resident
-    section = getattr(config, {"model": "measure"}.get(role, role), None)
-    if getattr(section, "zero_stage", 0) != 3:
-        parts["loading"] = states.parameters
+        parts["pinning"] += max(0, states.away - states.resident)
     return parts

@@ -83,6 +83,9 @@ class _Broadcasts:
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         end = time.monotonic() + self._timeout_s
+        if self._stream is not None and filled is None:
+            # An empty buffer's memory may have been given back by work that the other stream has yet to do.
+            self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             if filled is not None:
                 filled.wait()

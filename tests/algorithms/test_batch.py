@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.batch import Batch, BatchError, Deferred
+from rayrlhf.batch import Batch, BatchError, Deferred, Rows
 
 
 class Held:
@@ -34,8 +34,9 @@ def make(samples: list[list[int]], deferred: bool = False) -> Batch:
         "name": [str(s) for s in samples],
     }
     if deferred:
-        token = {k: Deferred.whole(Held(v), len(samples), offsets) for k, v in token.items()}
-        sample = {k: Deferred.whole(Held(v), len(samples), None) for k, v in sample.items()}
+        rows = Rows.whole(len(samples))
+        token = {k: Deferred.whole(Held(v), rows, offsets) for k, v in token.items()}
+        sample = {k: Deferred.whole(Held(v), rows, None) for k, v in sample.items()}
     return Batch(offsets, token, sample)
 
 
@@ -143,7 +144,11 @@ OFFSETS = torch.tensor([0, 2, 3])
         ({}, {"b": torch.zeros(3)}, "'b' has 3 entries where the batch has 2 samples"),
         ({}, {"b": ["x"]}, "'b' has 1 entries"),
         ({"c": torch.zeros(3)}, {"c": torch.zeros(2)}, r"\['c'\] are given both"),
-        ({"d": Deferred.whole(Held(torch.zeros(3)), 3, torch.tensor([0, 1, 2, 3]))}, {}, "'d' has 3 entries"),
+        (
+            {"d": Deferred.whole(Held(torch.zeros(3)), Rows.whole(3), torch.tensor([0, 1, 2, 3]))},
+            {},
+            "'d' has 3 entries",
+        ),
     ],
 )
 def test_columns_that_do_not_fit(token: dict, sample: dict, message: str):
@@ -152,7 +157,7 @@ def test_columns_that_do_not_fit(token: dict, sample: dict, message: str):
 
 
 def test_fetched_values_that_do_not_fit():
-    batch = Batch(OFFSETS, {"a": Deferred.whole(Held(torch.zeros(4)), 2, OFFSETS)})
+    batch = Batch(OFFSETS, {"a": Deferred.whole(Held(torch.zeros(4)), Rows.whole(2), OFFSETS)})
     for _ in range(2):
         with pytest.raises(BatchError, match="fetched with 4 entries instead of 3"):
             batch["a"]

@@ -1,10 +1,11 @@
 """The driver's own cost: milliseconds a call and actor with 1, 4, 16 and 64 stand-in actors, and memory over many samples.
 
-    python -m tests.benchmarks.driver_cost --actors 1 4 16 64 --samples 1000000
+    python -m tests.benchmarks.driver_cost --actors 1 4 16 64 --samples 1000000 [--write docs/benchmarks.json]
 
 Prints one JSON document. The stand-ins do next to nothing, but share this machine's cores with the driver: ``wall_ms`` is
 what a call takes from its start to its result, over the actors; ``driver_cpu_ms`` is the time that the driver's own process
-was at work meanwhile (all its threads).
+was at work meanwhile (all its threads). ``bare`` is a call of all actors through Ray alone, without a group: what nobody can
+go below.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 
 from rayrlhf.cluster.group import Group
 from rayrlhf.cluster.session import ray_session
@@ -35,7 +38,13 @@ def calls_of(group: Group) -> dict[str, tuple[Callable[[], Any], int]]:
     """The kinds of calls, and how many answers of each actor one has."""
     batch = samples([8] * PER_ACTOR * group.size)
     parts = [samples([8] * CHUNKS, start=10 * rank) for rank in range(group.size)]
+    handles = group._handles  # type: ignore[attr-defined]
+
+    def bare() -> None:
+        ray.get([answer for handle in handles for answer in handle.run.remote("ping", None, {})])
+
     return {
+        "bare": (bare, 1),
         "broadcast": (lambda: group.broadcast("ping"), 1),
         "submit": (lambda: group.call("where", batch), 1),
         "stream": (lambda: list(group.stream("numbers", parts, chunk=1)), CHUNKS),
@@ -94,6 +103,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--samples", type=int, default=0, help="how many go through the driver; 0: none")
     parser.add_argument("--samples-a-step", type=int, default=2000)
+    parser.add_argument("--write", type=Path, help="add the result to this JSON file, under the key driver")
     asked = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "load_average": psutil.getloadavg()[0]}
     with ray_session(SETTINGS):
@@ -102,6 +112,9 @@ def main() -> None:
             result["memory"] = measure_memory(asked.samples, asked.samples_a_step)
     json.dump(result, sys.stdout, indent=1)
     print()
+    if asked.write:
+        there = json.loads(asked.write.read_text()) if asked.write.exists() else {}
+        asked.write.write_text(json.dumps(there | {"driver": result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.write:
         result["workload"].pop("folder")  # a temporary one, of this machine alone
         there = json.loads(options.write.read_text()) if options.write.exists() else {}
-        kept = {key: there[key] for key in ("examples",) if key in there}  # of run_examples.py
+        kept = {key: there[key] for key in ("examples", "driver") if key in there}  # of the other scripts
         options.write.write_text(json.dumps(result | kept, indent=1) + "\n")
         console.print(f"written to {options.write}")
 

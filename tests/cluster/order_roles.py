@@ -11,7 +11,7 @@ if "ORDER_PID" in os.environ:  # before the role is built
 
 
 class Builder:
-    def __init__(self, *, world, name: str, path: str, seconds: float = 0.3):
+    def __init__(self, *, world, name: str, path: str, seconds: float = 0.3, wrong: str = ""):
         self.name, self.path, self.rank = name, path, world.rank
         self.note("begins")
         time.sleep(seconds)
@@ -20,6 +20,11 @@ class Builder:
     def note(self, what: str) -> None:
         with open(self.path, "a") as file:
             file.write(f"{self.name} {what}\n")
+
+    @classmethod
+    def check(cls, name: str, path: str, seconds: float = 0.3, wrong: str = "") -> None:
+        if wrong:
+            raise LookupError(wrong)
 
     def leave(self, how: str) -> None:
         self.note(f"leaves {how}")

@@ -45,7 +45,7 @@ def role_processes() -> set[int]:
     return found
 
 
-def wait_until(holds, seconds: float = 5.0) -> None:
+def wait_until(holds, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end

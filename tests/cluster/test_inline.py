@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from toy_setup import HERE, SETTINGS, samples, toy
 
 from rayrlhf.cluster.errors import RoleFailed
-from rayrlhf.cluster.spec import RoleSpec, process_env, thread_count
+from rayrlhf.cluster.spec import RoleSpec, process_env, thread_count, wanted_threads
 from rayrlhf.cluster.start import start_groups
 from rayrlhf.config.base import ClusterConfig
 from rayrlhf.errors import InputRefused
@@ -51,6 +52,15 @@ def test_environment_is_set_before_the_import_and_the_users_wins(monkeypatch, tm
         new, old, world = groups["r"].broadcast("tell")[0]
     assert (new, old) == ("ours", "users")
     assert (world.rank, world.size, world.device, world.threads) == (0, 1, "cpu", 1) and world.master_port > 0
+
+
+def test_what_a_role_finds_wrong_with_its_arguments_is_told_before_any_is_built(tmp_path):
+    def spec(name: str, **more: str) -> RoleSpec:
+        return RoleSpec(name, "order_roles:Builder", {"name": name, "path": str(tmp_path / "notes"), **more})
+
+    with pytest.raises(RoleFailed, match="two rank 0 failed to start: LookupError: wrong") as caught:
+        start_groups([spec("one"), spec("two", wrong="wrong")], executor="inline", settings=SETTINGS)
+    assert isinstance(caught.value.__cause__, LookupError) and not (tmp_path / "notes").exists()
 
 
 def test_failed_constructor_keeps_its_exception_and_closes_what_was_up(tmp_path):
@@ -107,7 +117,20 @@ def test_threads(monkeypatch):
     assert thread_count(ClusterConfig()) == 5
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert thread_count(ClusterConfig()) == len(os.sched_getaffinity(0))
-    env = process_env(RoleSpec("a", "m:C", env={"OMP_NUM_THREADS": "1", "X": "y"}), ClusterConfig(threads=3))
+    assert wanted_threads(ClusterConfig()) is None
+    env = process_env(RoleSpec("a", "m:C", env={"OMP_NUM_THREADS": "1", "X": "y"}), ClusterConfig(), 3)
     assert env == {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "X": "y"}
-    alone = process_env(RoleSpec("a", "m:C"), ClusterConfig(threads=3, executor="inline"))
-    assert alone == {"OMP_NUM_THREADS": "3"}
+    assert process_env(RoleSpec("a", "m:C"), ClusterConfig(executor="inline"), 3) == {"OMP_NUM_THREADS": "3"}
+    assert process_env(RoleSpec("a", "m:C"), ClusterConfig(), None) == {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.mark.parametrize(
+    ("job", "wanted"), [({}, None), ({"env_vars": {"A": "2"}}, None), ({"env_vars": {"OMP_NUM_THREADS": "6"}}, 6)]
+)
+def test_threads_that_ray_puts_into_a_job_are_nobody_s_wish(job, wanted):
+    """As Ray starts a job's driver: out of an actor without CPUs, in which it has set one thread."""
+    inherited = {"OMP_NUM_THREADS": "1", **job.get("env_vars", {})}
+    env = {**inherited, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": job, "metadata": {}})}
+    assert wanted_threads(ClusterConfig(), env) == wanted
+    assert wanted_threads(ClusterConfig(threads=2), env) == 2
+    assert wanted_threads(ClusterConfig(), inherited) == (wanted or 1)

@@ -21,7 +21,7 @@ from rayrlhf.cluster.ray_logs import cause_of_death, read_tail
 from rayrlhf.cluster.ray_process import interface_of
 from rayrlhf.cluster.session import check_address, is_private, ray_session, resolve_address
 from rayrlhf.config.base import ClusterConfig, NodeConfig
-from rayrlhf.errors import InputRefused
+from rayrlhf.errors import InputRefused, RunFailed
 
 DRIVER = """
 import os, signal, sys
@@ -71,6 +71,22 @@ def test_an_initialised_ray_is_used_and_left(local_ray):
     with ray_session(ClusterConfig(address="nowhere:1")):
         assert is_private()
     assert ray.is_initialized()
+
+
+def test_a_ray_that_does_not_come_up_is_a_failed_run_with_its_logs(monkeypatch):
+    def slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray says it
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", slow)
+    said = r"Ray did not come up on this machine: .*timed out.* Its logs: /"
+    with pytest.raises(RunFailed, match=said) as told, ray_session(ClusterConfig()):
+        raise AssertionError("not reached")
+    assert not is_private()
+    folder = str(told.value).rpartition("Its logs: ")[2]
+    assert os.path.isdir(folder)
+    os.rmdir(folder)
 
 
 def test_unreachable_address_is_refused_soon(monkeypatch):

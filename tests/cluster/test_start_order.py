@@ -82,6 +82,20 @@ def test_a_module_without_the_class_is_told_before_its_turn(notes: Notes):
     assert time.monotonic() - began < LONG / 2
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_role_finds_wrong_with_its_arguments_is_told_before_its_turn(notes: Notes, ranks: int):
+    """``one`` is the last to be built; its constructor is never called."""
+    began = time.monotonic()
+    with pytest.raises(RoleFailed) as caught:
+        specs = [notes.spec("one", ranks, wrong="no module of this name"), notes.spec("two", seconds=LONG)]
+        start_groups(specs, executor="ray", settings=SETTINGS, sharing=SHARED)
+    assert time.monotonic() - began < LONG / 2
+    assert caught.value.role == "one" and caught.value.phase == "start" and caught.value.log
+    assert "failed to start: LookupError: no module of this name" in str(caught.value)
+    assert "order_roles.py" in str(caught.value) and "in check: raise LookupError(wrong)" in str(caught.value)
+    assert notes.lines("one") == [] and "two is up" not in notes.lines("two")
+
+
 @pytest.mark.parametrize("dies", ["one", "apart"])
 def test_who_dies_while_nothing_is_asked_of_it_ends_the_start(notes: Notes, dies: str):
     """``one`` before its turn, or ``apart`` when it is up; ``two`` is being built all the while."""
@@ -102,10 +116,18 @@ def test_who_dies_while_nothing_is_asked_of_it_ends_the_start(notes: Notes, dies
 
 
 def test_a_late_start_names_who_is_at_it_and_not_who_waits(notes: Notes, monkeypatch: pytest.MonkeyPatch):
+    ready: list[set[str]] = []
+    build_ready = ray_start._Start._build_ready
+
+    def noting(start: ray_start._Start) -> None:
+        build_ready(start)
+        ready.append(set(start.ready))
+
     class OverOnceItIsBuilt(ray_start.Deadline):
         def left(self) -> float:
-            return 0.0 if notes.lines("two") else super().left()
+            return 0.0 if notes.lines("two") and ready and ready[-1] == {"one"} else super().left()
 
+    monkeypatch.setattr(ray_start._Start, "_build_ready", noting)
     monkeypatch.setattr(ray_start, "Deadline", OverOnceItIsBuilt)
     with pytest.raises(RoleFailed) as caught:
         start_groups(

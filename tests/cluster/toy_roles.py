@@ -76,6 +76,7 @@ class Toy:
     def describe(self) -> dict:
         return {
             "pid": os.getpid(),
+            "torch_threads": torch.get_num_threads(),
             "threads": (self.world.threads, os.environ.get("OMP_NUM_THREADS"), os.environ.get("OMP_WAIT_POLICY")),
             "toy": os.environ.get("TOY_VARIABLE"),
             "device": self.world.device,

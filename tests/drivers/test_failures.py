@@ -173,3 +173,15 @@ def test_vllm_is_refused_where_it_is_not_installed(world: TinyWorld, monkeypatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
     assert any("rollout.engine=transformers" in p for p in refused(world, "x11", "rollout.engine=vllm"))
     shutil.rmtree(world.folder / "x11", ignore_errors=True)
+
+
+def test_a_start_that_is_refused_leaves_no_run_behind(world: TinyWorld, monkeypatch: pytest.MonkeyPatch):
+    """Once there are enough GPUs the same command works."""
+
+    def too_small(*_: object, **__: object) -> None:
+        raise InputRefused("the cluster has 2 GPUs, the run needs 4")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rayrlhf.drivers.base.start_groups", too_small)
+        assert refused(world, "x12", "ppo.steps=1") == ["the cluster has 2 GPUs, the run needs 4"]
+    assert world.train("x12", "ppo.steps=1").metrics[0]["step"] == 1

@@ -413,7 +413,7 @@ def test_two_ranks_on_ray_train_as_one_inline(world: OfflineWorld, ray_once, alg
 
 
 def test_a_kl_that_is_not_finite_is_beyond_the_bound(world: OfflineWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayrlhf.drivers.preference_validation.sampled_kl", lambda run, data: math.nan)
+    monkeypatch.setattr("rayrlhf.drivers.preference_validation.sampled_kl", lambda *_: {"kl_per_token": math.nan})
     sections = {"training": {"max_steps": 2, "validate_every_steps": 1}}
     with pytest.raises(RunFailed, match="quality gate isn't passed: kl: KL nan"):
         world.train("not-finite", "dpo", sections)

@@ -60,6 +60,10 @@ class Mover(Group):
     def __init__(self, name: str, gpu: Gpu):
         self.name, self.size, self.shards, self.gpu = name, 1, 1, gpu
 
+    @property
+    def addresses(self) -> list[str]:
+        return ["here"]
+
     def broadcast_async(self, method: str, *, timeout_s: float | None = None, **kwargs: Any) -> Pending:
         gpu = self.gpu
         gpu.calls.append(f"{self.name}.{method}({', '.join(str(v) for v in kwargs.values())})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import shlex
@@ -161,6 +162,31 @@ def test_ray_up_takes_the_file(name, capsys):
     for command in (*prepared["head_start_ray_commands"], *prepared["worker_start_ray_commands"]):
         assert command == "ray stop" or "RAY_AUTH_MODE=token ray start" in command
     assert "~/.ray/auth_token" in prepared["file_mounts"]
+
+
+@pytest.mark.parametrize("name", ["ray_cluster_aws.yaml", "ray_cluster_onprem.yaml"])
+def test_ray_has_nothing_to_say_of_the_head_s_command(name, capsys):
+    """Without the autoscaler's configuration no worker would ever be started."""
+    from ray.autoscaler._private.commands import warn_about_bad_start_command
+
+    commands = read(name)["head_start_ray_commands"]
+    warn_about_bad_start_command(commands)
+    assert capsys.readouterr() == ("", "")
+    warn_about_bad_start_command([command.replace("--autoscaling-config", "--config") for command in commands])
+    assert "will not launch any workers" in "".join(capsys.readouterr()), "what it says, is seen here"
+
+
+def test_addresses_mean_the_machine_everywhere():
+    """Ray looks up the names of such machines on the head, where its own is 127.0.1.1 on many systems."""
+    provider = read("ray_cluster_onprem.yaml")["provider"]
+    for address in (provider["head_ip"], *provider["worker_ips"]):
+        assert ipaddress.ip_address(address).is_private and not ipaddress.ip_address(address).is_loopback
+
+
+def test_cloud_machines_have_an_image_that_is_chosen():
+    """Ray's own choice has a driver that is older than these GPUs."""
+    for kind in read("ray_cluster_aws.yaml")["available_node_types"].values():
+        assert kind["node_config"]["ImageId"].startswith("ami-")
 
 
 def test_machines_have_the_gpus_of_the_configuration():

@@ -29,7 +29,9 @@ STUBS = {
     "scontrol": """
         echo "scontrol $*" >> "$LOG"
         if [ "$1" = show ]; then printf 'node-a\\nnode-b\\nnode-c\\n'; fi""",
-    "hostname": "echo 10.0.0.7",
+    # As on a stock Debian or Ubuntu, where the name means 127.0.1.1 (`hostname --ip-address`).
+    "hostname": """
+        if [ "$1" = -I ]; then echo "${ADDRESSES-fe80::1 127.0.1.1 10.0.0.7 192.168.0.7}"; else echo 127.0.1.1; fi""",
     # `ray start --block` lives until it is ended, and says so; `ray list nodes` knows all nodes once the workers are there.
     "ray": """
         echo "ray $*" >> "$LOG"
@@ -44,6 +46,7 @@ STUBS = {
         while true; do sleep 0.1; done""",
     "rayrlhf": """
         echo "rayrlhf $*" >> "$LOG"
+        echo "not through a proxy: $no_proxy" >> "$LOG"
         trap 'echo "interrupted" >> "$LOG"; exit 1' INT
         for _ in $(seq "${SUBMIT_SECONDS:-1}"); do sleep 0.1; done
         exit "${SUBMIT_CODE:-0}" """,
@@ -70,6 +73,7 @@ def stage(tmp_path):
         "SLURM_GPUS_ON_NODE": "8",
         "SLURM_CPUS_PER_TASK": "48",
         "START_TIMEOUT": "20",
+        "no_proxy": "intern",
     }
     environment["PATH"] = f"{programs}:{environment['PATH']}"
     yield tmp_path, environment
@@ -120,11 +124,31 @@ def test_head_workers_run_and_end(stage):
     assert "--address=10.0.0.7:6379" in workers
     assert log.index(head) < log.index(workers), "the head comes first"
     submitted = f"rayrlhf submit configs/ppo_13b.yaml ppo.steps=5 run_dir={stage[0] / 'run'}"
-    assert f"{submitted} --address http://10.0.0.7:8265 --on-interrupt stop" in log
+    assert f"{submitted} --address http://10.0.0.7:8265 --on-interrupt stop --stop-seconds 270" in log
+    assert "not through a proxy: 10.0.0.7,intern" in log
     assert log.count("all cores") == 3, "each step has those that the job has"
     assert log.count("token ok") == 2 and not any("64" in line and "TOKEN" in line for line in log)
     assert sum(line.startswith("ended: ray start") for line in log) == 2, "both steps end with the run"
     assert not any("ray stop" in line or "requeue" in line for line in log)
+
+
+def test_the_run_has_the_time_that_slurm_leaves_to_save():
+    text = SCRIPT.read_text()
+    left, saving = (
+        int(re.search(pattern, text).group(1)) for pattern in (r"--signal=B:USR1@(\d+)", r"--stop-seconds (\d+)")
+    )
+    assert left - 60 < saving < left - 15, "the rest is for Ray's own end, and for queueing again"
+
+
+@pytest.mark.parametrize("addresses", ["127.0.1.1 fe80::7 127.0.0.2", ""])
+def test_a_head_without_an_address_is_told(stage, addresses):
+    process = start(stage, ADDRESSES=addresses)
+    output, _ = process.communicate(timeout=60)
+    assert (
+        process.returncode == 1
+        and f'node-a has no IPv4 address that other nodes reach: `hostname -I` says "{addresses}"' in output
+    )
+    assert not any("ray start" in line for line in log_of(stage))
 
 
 def test_fails_as_the_run_fails_and_resumes_what_is_there(stage):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,11 +41,11 @@ def make_role(world: World, kind: str, path: str, settings: dict[str, Any], tota
     if kind == "reward":
         return RewardModelTrainer(world, RewardModelConfig.model_validate(settings), path, total_steps)
     if kind == "preference":
-        return PreferenceTrainer(world, PreferenceConfig.model_validate(settings), path, "shared_memory", total_steps)
+        return PreferenceTrainer(world, PreferenceConfig.model_validate(settings), path, total_steps)
     config = Config.model_validate(settings)
     if kind == "critic":
         return CriticTrainer(world, config, path, total_steps)
-    return PolicyTrainer(world, config, path, "shared_memory", total_steps)
+    return PolicyTrainer(world, config, path, total_steps)
 
 
 def weights_of(role: TrainerRole) -> dict[str, Tensor]:
@@ -128,7 +129,7 @@ def interrupted(
     straight = make_role(world, kind, path, settings, len(schedule))
     straight.update(batch, schedule[:half], 1)
     folder = settings["run_dir"] + f"/{kind}-half"
-    straight.save(folder)
+    written = straight.save(folder)
     first = straight.update(batch, schedule[half:], 2)
     resumed = make_role(world, kind, path, settings, len(schedule))
     resumed.load(folder)
@@ -136,6 +137,7 @@ def interrupted(
     same = {name: bool(torch.equal(w, weights_of(resumed)[name])) for name, w in weights_of(straight).items()}
     return {
         "same": same,
+        "written": {name: (size, Path(folder, name).stat().st_size) for name, size in written.items()},
         "metrics": (first, second),
         "steps": (straight.trainer.steps_done, resumed.trainer.steps_done),
     }

@@ -37,7 +37,7 @@ def test_the_saved_folder_is_the_trained_model(
 ) -> None:
     path = request.getfixturevalue(name)
     config = config_of(path, tmp_path, policy={"dtype": dtype, "optimizer": {"lr": 1e-2}})
-    role = PolicyTrainer(alone(), config, str(path), "shared_memory", 10)
+    role = PolicyTrainer(alone(), config, str(path), 10)
     role.update(training_batch(), parts_of(ALL) * 2, 1)
     folder = tmp_path / "model"
     role.save_model(str(folder))
@@ -56,7 +56,7 @@ def adapted(path: Path, tmp_path: Path, dtype: str) -> PolicyTrainer:
     """With adapters that have moved a long way."""
     lora = {"rank": 4, "alpha": 16.0}
     config = config_of(path, tmp_path, policy={"dtype": dtype, "lora": lora, "optimizer": {"lr": 3e-2}})
-    role = PolicyTrainer(alone(), config, str(path), "shared_memory", 10)
+    role = PolicyTrainer(alone(), config, str(path), 10)
     for step in range(5):
         role.update(training_batch(), parts_of(ALL), step + 1)
     return role
@@ -127,7 +127,7 @@ def test_generation_settings_that_transformers_would_not_save(llama: Path, tmp_p
     folder = Path(shutil.copytree(llama, tmp_path / "published"))
     before: dict[str, Any] = {"eos_token_id": [2, 7], "temperature": 0.6, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(before))
-    role = PolicyTrainer(alone(), config_of(folder, tmp_path), str(folder), "shared_memory", 10)
+    role = PolicyTrainer(alone(), config_of(folder, tmp_path), str(folder), 10)
     role.save_model(str(tmp_path / "model"))
     after = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert (after["eos_token_id"], after["temperature"]) == ([2, 7], 0.6)

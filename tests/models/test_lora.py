@@ -98,12 +98,9 @@ def test_training_and_merging_equal_peft(llama: Path, tmp_path: Path, stage: int
 def test_adapters_off_are_the_base_exactly(llama: Path, tmp_path: Path, stage: int, dtype: str) -> None:
     """So the KL of the first step is exactly 0; and after training the reference is still the base, bit for bit."""
     run = lora_settings(llama, tmp_path, stage)
-    role = PolicyTrainer(
-        alone(), config_of(llama, tmp_path, policy={**run["policy"], "dtype": dtype}), str(llama), "shared_memory", 10
-    )
+    role = PolicyTrainer(alone(), config_of(llama, tmp_path, policy={**run["policy"], "dtype": dtype}), str(llama), 10)
     base = PolicyTrainer(
-        alone(), config_of(llama, tmp_path, policy={"dtype": dtype, "tokens_per_micro_batch": 30}), str(llama),
-        "shared_memory", 10,
+        alone(), config_of(llama, tmp_path, policy={"dtype": dtype, "tokens_per_micro_batch": 30}), str(llama), 10
     )  # fmt: skip
     batch = training_batch()
     expected = base.token_logprobs(batch)["old_logprobs"]
@@ -192,13 +189,13 @@ def test_what_cannot_have_adapters_is_refused(llama: Path, qwen: Path) -> None:
 def test_no_adapter_of_the_output_layer_with_zero_3(qwen: Path, tmp_path: Path) -> None:
     run = lora_settings(qwen, tmp_path, 3, target_modules=["lm_head", "q_proj"])
     with pytest.raises(InputRefused, match="with zero_stage 3 the output layer can't have an adapter"):
-        PolicyTrainer(alone(), config_of(qwen, tmp_path, policy=run["policy"]), str(qwen), "shared_memory", 10)
+        PolicyTrainer(alone(), config_of(qwen, tmp_path, policy=run["policy"]), str(qwen), 10)
 
 
 def test_adapters_of_embedding_and_output_layer(qwen: Path, tmp_path: Path) -> None:
     """Where they aren't tied: merged as peft merges them."""
     run = lora_settings(qwen, tmp_path, 2, target_modules=["embed_tokens", "lm_head", "q_proj"])
-    role = PolicyTrainer(alone(), config_of(qwen, tmp_path, policy=run["policy"]), str(qwen), "shared_memory", 10)
+    role = PolicyTrainer(alone(), config_of(qwen, tmp_path, policy=run["policy"]), str(qwen), 10)
     batch = training_batch()
     role.update(batch, parts_of(ALL) * 3, 1)
     found = role.token_logprobs(batch)["old_logprobs"]
@@ -209,5 +206,5 @@ def test_adapters_of_embedding_and_output_layer(qwen: Path, tmp_path: Path) -> N
     for name, weight in merged.named_parameters():
         torch.testing.assert_close(exported[name].float(), weight.detach(), rtol=0, atol=1e-6)
     config = config_of(tmp_path / "merged", tmp_path)
-    again = PolicyTrainer(alone(), config, str(tmp_path / "merged"), "shared_memory", 10)
+    again = PolicyTrainer(alone(), config, str(tmp_path / "merged"), 10)
     torch.testing.assert_close(again.token_logprobs(batch)["old_logprobs"], found, rtol=0, atol=2e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rayrlhf.models.zero import disk_folder
 from tests.models.making import alone, settings, training_batch
 from tests.models.rank_cases import as_columns, interrupted, make_role, trained
 from tests.models.ranks import Ranks
+from tests.support.tiny import save_tiny_model
 
 OPTIMIZER = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "max_grad_norm": 0.05, "warmup_steps": 2}
 HALVES = [[0, 2, 4, 6], [1, 5, 7, 3]]
@@ -33,6 +35,21 @@ def arguments(path: Path, run_dir: Path, kind: str, ranks: int, **role: Any) -> 
 
 def optimizer_devices(role: Any) -> set[str]:
     return {t.device.type for state in role.trainer.engine.optimizer.optimizer.state.values() for t in state.values()}
+
+
+def compare(found: list[dict[str, Any]], kind: str, dtype: str) -> None:
+    """The same training, as it was and as it is with states elsewhere."""
+    plain, offloaded = found
+    # In bfloat16 the ways differ in where gradients of micro-batches are added up, so in their last digits.
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    for a, b in zip(plain["metrics"], offloaded["metrics"], strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=tolerance) and a["grad_norm"] > 0.05
+        assert a["lr"] == b["lr"]
+    moved = [np.concatenate([(f["after"][n] - f["before"][n]).ravel() for n in f["after"]]) for f in found]
+    assert np.linalg.norm(moved[0] - moved[1]) < (1e-4 if dtype == "float32" else 0.1) * np.linalg.norm(moved[0])
+    if kind == "policy":
+        for name, weight in offloaded["exported"].items():
+            assert (weight == offloaded["after"][name]).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -54,17 +71,7 @@ def test_offloaded_training_is_the_same_training(
         two_ranks.run(trained, **arguments(llama, tmp_path, kind, 2, zero_stage=stage, dtype=dtype, **how))[0]
         for how in ({}, where)
     ]
-    plain, offloaded = found
-    # In bfloat16 the ways differ in where gradients of micro-batches are added up, so in their last digits.
-    tolerance = 1e-5 if dtype == "float32" else 1e-2
-    for a, b in zip(plain["metrics"], offloaded["metrics"], strict=True):
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=tolerance) and a["grad_norm"] > 0.05
-        assert a["lr"] == b["lr"]
-    moved = [np.concatenate([(f["after"][n] - f["before"][n]).ravel() for n in f["after"]]) for f in found]
-    assert np.linalg.norm(moved[0] - moved[1]) < (1e-4 if dtype == "float32" else 0.1) * np.linalg.norm(moved[0])
-    if kind == "policy":
-        for name, weight in offloaded["exported"].items():
-            assert (weight == offloaded["after"][name]).all()
+    compare(found, kind, dtype)
 
 
 def test_it_is_the_host_where_the_states_are(llama: Path, tmp_path: Path) -> None:
@@ -102,6 +109,31 @@ def test_a_file_without_the_moments_is_not_gone_on_from(llama: Path, tmp_path: P
 
 def disk(folder: Path, **keys: Any) -> PolicyConfig:
     return PolicyConfig(**{"path": "x", "zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": str(folder), **keys})
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of over a million parameters: what is smaller than 1 MiB a rank DeepSpeed keeps in memory."""
+    return save_tiny_model(tmp_path_factory.mktemp("deep"), layers=36)
+
+
+def _aio_is_built() -> bool:
+    """Its build takes minutes: the suite takes what is there."""
+    base = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
+    return any(base.glob("**/async_io/async_io.so"))
+
+
+@pytest.mark.skipif(not _aio_is_built(), reason="DeepSpeed's asynchronous I/O isn't built on this machine")
+def test_training_from_a_disk_is_the_same_training(deep: Path, tmp_path: Path, two_ranks: Ranks) -> None:
+    where = {"offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": str(tmp_path / "disk")}
+    found = [
+        two_ranks.run(trained, **arguments(deep, tmp_path, "policy", 2, zero_stage=3, dtype="bfloat16", **how))[0]
+        for how in ({}, where)
+    ]
+    compare(found, "policy", "bfloat16")
+    written = sum(file.stat().st_size for file in (tmp_path / "disk").rglob("*") if file.is_file())
+    numbers = sum(weight.size for weight in found[0]["after"].values())
+    assert written >= 12 * numbers, "float32 weights and both moments"
 
 
 def test_a_disk_that_cannot_be_used_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

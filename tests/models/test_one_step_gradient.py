@@ -184,7 +184,7 @@ def test_first_minibatch_is_reinforce_with_advantages(known: dict, llama: Path, 
     run["ppo"] = {"steps": 1, "prompts_per_step": 8, "minibatch_samples": 8, "importance_sampling_cap": None}
     config = config_of(llama, tmp_path, policy=run["policy"], ppo=run["ppo"])
     assert config.rollout.temperature == 0.7
-    asked = PolicyTrainer(alone(), config, str(llama), "shared_memory", 10)
+    asked = PolicyTrainer(alone(), config, str(llama), 10)
     asked.trained = asked.trained.model_copy(update={"tokens_per_micro_batch": 25})
     batch = known["batch"].merge(asked.token_logprobs(known["batch"]))
     cases = [{"budget": 1000, "packing": False, "parts": [ALL]}]

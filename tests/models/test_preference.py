@@ -186,7 +186,7 @@ def test_at_the_start_policy_and_reference_are_one(llama: Path, tmp_path: Path, 
     batch = labelled_batch() if kind == "kto" else pair_batch()
     live = ReferenceModel(alone(), config.model_copy(update={"reference": config.reference.model_copy(
         update={"dtype": "float32"})}), str(llama))  # fmt: skip
-    role = PreferenceTrainer(alone(), config, str(llama), "shared_memory", 10)
+    role = PreferenceTrainer(alone(), config, str(llama), 10)
     cached = own_reference(role, batch)
     column = live.token_logprobs(batch, temperature=1.0)["reference_logprobs"]
     torch.testing.assert_close(column, cached["reference_logprobs"], rtol=0, atol=1e-6)

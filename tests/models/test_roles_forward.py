@@ -30,7 +30,7 @@ def test_policy_and_reference_use_the_rollout_temperature(llama: Path, tmp_path:
         llama, tmp_path, rollout={"temperature": temperature}, policy={"tokens_per_micro_batch": 30, "packing": True}
     )
     batch, expected = training_batch(), expected_logprobs(llama, temperature)
-    policy = PolicyTrainer(alone(), config, str(llama), "shared_memory", 10)
+    policy = PolicyTrainer(alone(), config, str(llama), 10)
     reference = ReferenceModel(alone(), config, str(llama))
     torch.testing.assert_close(policy.token_logprobs(batch)["old_logprobs"], expected, rtol=0, atol=5e-6)
     torch.testing.assert_close(reference.token_logprobs(batch)["reference_logprobs"], expected, rtol=0, atol=5e-6)
@@ -69,14 +69,14 @@ def test_values_do_not_depend_on_the_temperature(llama: Path, scorer: Path, tmp_
 def test_no_samples(llama: Path, tmp_path: Path, stage: int) -> None:
     config = config_of(llama, tmp_path, policy={"zero_stage": stage}, critic={"zero_stage": stage})
     nothing = training_batch().select([])
-    assert len(PolicyTrainer(alone(), config, str(llama), "shared_memory", 10).token_logprobs(nothing)) == 0
+    assert len(PolicyTrainer(alone(), config, str(llama), 10).token_logprobs(nothing)) == 0
     assert CriticTrainer(alone(), config, str(llama), 10).values(nothing)["final_values"].shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bfloat16_keeps_rotary_frequencies_and_results(llama: Path, tmp_path: Path, dtype: str) -> None:
     config = config_of(llama, tmp_path, policy={"dtype": dtype}, reference={"dtype": dtype})
-    policy = PolicyTrainer(alone(), config, str(llama), "shared_memory", 10)
+    policy = PolicyTrainer(alone(), config, str(llama), 10)
     reference = ReferenceModel(alone(), config, str(llama))
     frequencies = policy.lm.model.rotary_emb.inv_freq
     expected = 10000 ** (-torch.arange(0, 32, 2, dtype=torch.float64) / 32)
@@ -124,7 +124,7 @@ def check_without_dropout(path: Path, run_dir: Path) -> None:
     torch.manual_seed(1)
     random = AutoModelForCausalLM.from_pretrained(path).train()
     assert not torch.equal(random(drawn).logits, random(drawn).logits), "the model does have dropout"
-    policy = PolicyTrainer(alone(), config, str(path), "shared_memory", 10)
+    policy = PolicyTrainer(alone(), config, str(path), 10)
     critic = CriticTrainer(alone(), config, str(path), 10)
     with torch.no_grad():
         critic.trainer.module.head.weight.normal_()

@@ -110,7 +110,7 @@ def test_a_step_that_is_not_finite_is_skipped(llama: Path, tmp_path: Path, stage
     """Also where only the loss is spoilt and its gradient would be 0, as with an old log-probability of NaN."""
     optimizer = {"lr": 1e-2, "max_skipped_steps": 3}
     config = config_of(llama, tmp_path, policy={"zero_stage": stage, "dtype": dtype, "optimizer": optimizer})
-    role = PolicyTrainer(alone(), config, str(llama), "shared_memory", 10)
+    role = PolicyTrainer(alone(), config, str(llama), 10)
     batch, step = training_batch(), parts_of(ALL)
     role.update(batch, step, 1)
     before = weights_of(role)
@@ -160,8 +160,14 @@ def test_going_on_from_a_file_is_going_on(llama: Path, tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_going_on_from_a_file_with_two_ranks(llama: Path, tmp_path: Path, stage: int, two_ranks: Ranks) -> None:
-    for result in two_ranks.run(interrupted, **interruption(llama, tmp_path, "policy", stage, "float32", ranks=2)):
+    results = two_ranks.run(interrupted, **interruption(llama, tmp_path, "policy", stage, "float32", ranks=2))
+    for result in results:
         check_interruption(result)
+    # Each rank says what it wrote, and together that is all there is.
+    mine, its = (result["written"].keys() for result in results)
+    folder = tmp_path / "policy-half"
+    shards = {str(f.relative_to(folder)) for f in folder.rglob("*.pt")}
+    assert mine | its == shards and not mine & its and len(shards) == (4 if stage == 3 else 3)
 
 
 def interruption(path: Path, run_dir: Path, kind: str, stage: int, dtype: str, ranks: int = 1) -> dict[str, Any]:
@@ -176,6 +182,7 @@ def check_interruption(result: dict[str, Any]) -> None:
     assert all(result["same"].values()), [name for name, same in result["same"].items() if not same]
     assert result["metrics"][0] == result["metrics"][1]
     assert result["steps"] == (4, 4)
+    assert result["written"] and all(said == there for said, there in result["written"].values())
 
 
 def test_a_file_for_another_number_of_ranks_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -190,7 +197,7 @@ def test_gradient_checkpointing_changes_no_gradient(llama: Path, tmp_path: Path,
     for on in (False, True):
         policy = {"zero_stage": stage, "gradient_checkpointing": on, "optimizer": {"lr": 1e3, "eps": 1e3},
                   "logits_chunk_tokens": 9}  # fmt: skip
-        role = PolicyTrainer(alone(), config_of(llama, tmp_path, policy=policy), str(llama), "shared_memory", 10)
+        role = PolicyTrainer(alone(), config_of(llama, tmp_path, policy=policy), str(llama), 10)
         count: list[int] = []
         role.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=count: seen.append(1))
         before = weights_of(role)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -9,7 +10,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from rayrlhf.cluster import ray_placement
+from rayrlhf.cluster import ray_placement, session
 from rayrlhf.cluster.nodes import all_nodes
 from rayrlhf.cluster.spec import RoleSpec
 from rayrlhf.cluster.start import Groups, start_groups
@@ -122,10 +123,97 @@ def test_more_than_the_cluster_has_is_refused_with_what_each_machine_has(cluster
 
 
 def test_machines_that_are_named_and_not_there(cluster):
-    settings = SETTINGS.model_copy(update={"nodes": [NodeConfig(count=2, gpus=2)]})
+    settings = QUICK.model_copy(update={"nodes": [NodeConfig(count=2, gpus=2)]})
     says = "cluster.nodes names 2 machines of 2 GPUs, the Ray cluster has 1 machine of 2 GPUs and 2 machines of 1 GPU"
-    with pytest.raises(InputRefused, match=says):
-        start([with_gpus("policy", 1)], settings)
+    told = []
+    with pytest.raises(
+        InputRefused, match=f"{says}.*no more machines joined within 2 s .deadline cluster.placement_timeout_s"
+    ):
+        start([with_gpus("policy", 1)], settings, tell=told.append)
+    assert len(told) == 1 and "\n" not in told[0]
+    assert told[0].startswith("waiting up to 2 s for machines to join the Ray cluster: ") and says in told[0]
+    # What the planned machines themselves lack, no other machine cures.
+    told.clear()
+    with pytest.raises(InputRefused, match="5 are needed"):
+        start([with_gpus("policy", 5)], settings, tell=told.append)
+    assert told == []
+
+
+def test_machines_that_are_on_their_way_are_waited_for(cluster):
+    """As after `ray up`, which returns when the head is up."""
+    settings = SETTINGS.model_copy(update={"nodes": [NodeConfig(count=2, gpus=2)]})
+    told, added = [], []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        added.append(cluster.add_node(wait=False, num_cpus=1, num_gpus=2))
+
+    try:
+        with start([with_gpus("policy", 4)], settings, tell=tell) as groups:
+            assert len({node for node, _ in seats_of(groups, "policy")}) == 2
+        assert len(told) == 1 and "the Ray cluster has 1 machine of 2 GPUs" in told[0]
+    finally:
+        for node in added:
+            cluster.remove_node(node)
+        end = time.monotonic() + 60
+        while len(all_nodes()) > 4:  # Ray's own word that it is gone, or the next test would count its GPUs
+            assert time.monotonic() < end
+            time.sleep(0.2)
+    until_free()
+
+
+def test_where_no_machine_can_join_it_is_refused_at_once(cluster, monkeypatch):
+    told = []
+    named = SETTINGS.model_copy(update={"nodes": [NodeConfig(count=2, gpus=2)]})
+    joined = SETTINGS.model_copy(update={"address": "auto", "placement_timeout_s": 1.0})
+    with pytest.raises(InputRefused):  # an address was given: it may grow
+        start([with_gpus("policy", 5)], joined, tell=told.append)
+    assert len(told) == 1 and "5 are needed (policy 5): 1 too few" in told[0]
+    monkeypatch.setattr(session, "is_private", lambda: True)
+    for settings in (named, joined):
+        with pytest.raises(InputRefused):
+            ray_placement.reserve(
+                [Claim("policy", 5 if settings is joined else 1, 1)], "colocated", settings, told.append
+            )
+    assert len(told) == 1
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_processes_divide_the_cores_of_their_own_machine(cluster, monkeypatch):
+    """All nodes are at one address here: one machine. What the driver may use itself, doesn't matter, nor what Ray left in the
+    environment of a job's driver."""
+    cores = len(os.sched_getaffinity(0))
+    settings = SETTINGS.model_copy(update={"threads": None})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {}}')
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(usable)})
+    try:
+        with start([toy("one")], settings) as groups:
+            assert threads_of(groups["one"]) == [cores]
+            with start([toy("two")], settings, beside=groups) as more:
+                assert threads_of(more["two"]) == [max(1, cores // 2)]
+        with start([toy("one"), with_gpus("three", 2)], settings) as groups:
+            assert threads_of(groups["one"]) + threads_of(groups["three"]) == [max(1, cores // 3)] * 3
+    finally:
+        os.sched_setaffinity(0, usable)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    with start([toy("one", 2)], settings) as groups:  # outside a job it is the user's
+        assert [rank["threads"][:2] for rank in groups["one"].broadcast("describe")] == [(5, "5"), (5, "5")]
+    until_free()
+
+
+def threads_of(group) -> list[int]:
+    """Threads of each rank, which its class, torch and the environment agree on."""
+    found = []
+    for rank in group.broadcast("describe"):
+        threads, variable, _ = rank["threads"]
+        assert str(threads) == variable and rank["torch_threads"] == threads
+        found.append(threads)
+    return found
 
 
 # -- GPUs that others hold --------------------------------------------------------------------------------------------

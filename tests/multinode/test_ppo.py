@@ -8,8 +8,8 @@ import torch
 from rayrlhf.cluster import Groups, start_groups
 from rayrlhf.config import load_config
 from rayrlhf.drivers import base
-from rayrlhf.drivers.roles import weight_transport
 from rayrlhf.planning.placement import Placement
+from rayrlhf.planning.transfer import transport_of
 from tests.drivers.conftest import world  # noqa: F401
 from tests.drivers.runs import Finished, TinyWorld
 from tests.multinode.fake_cluster import fake_cluster, until_free
@@ -65,7 +65,7 @@ def test_ranks_and_engines_are_on_nodes_of_their_own(on_nodes: Finished, placeme
     assert len({seats["policy", 0], seats["policy", 1], seats["rollout", 0], seats["rollout", 1]}) == 4
     assert seats["critic", 0] == seats["reference", 0] == seats["policy", 0]
     config = load_config(world.config_file("transport"), [*SETTINGS, *ON_FOUR_NODES])
-    assert weight_transport(config.rollout, config) == "gloo"  # what goes to other machines
+    assert transport_of(config, placement) == "gloo"  # what goes to other machines
 
 
 def test_two_ranks_under_zero_3_and_two_engines_on_four_nodes(inline: Finished, on_nodes: Finished, world: TinyWorld):  # noqa: F811

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.config.trainers import TrainedConfig
-from rayrlhf.models.engine import TrainEngine
+from rayrlhf.models.engine import TrainEngine, partitioner_for
 from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.loading import add_lora
 from rayrlhf.models.world import World
@@ -109,3 +109,49 @@ def _buckets(zero: Any) -> list[Tensor]:
     if not hasattr(zero, "fp32_partitioned_groups_flat"):
         return []
     return [bucket.buffer for bucket in zero.ipg_buckets.values() if isinstance(bucket.buffer, Tensor)]
+
+
+# -- what is page-locked ----------------------------------------------------------------------------------------------
+
+
+def locked(world: World, settings: dict[str, Any], dimensions: dict[str, Any]) -> list[int]:
+    """The bytes of each block of host memory for which DeepSpeed asks to be page-locked, until the second step is done.
+
+    It is told to page-lock as for a GPU; on a CPU it gets a copy instead.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rayrlhf.models import engine as engines
+
+    config = TrainedConfig.model_validate(settings)
+    accelerator = type(get_accelerator())
+    found: list[int] = []
+    before, settings_of = accelerator.pin_memory, engines.offload_settings
+
+    def pin_memory(self: Any, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+        found.append(tensor.nbytes)
+        return tensor.clone()
+
+    def with_pinning(*arguments: Any) -> dict[str, Any]:
+        return {key: {**part, "pin_memory": True} for key, part in settings_of(*arguments).items()}
+
+    accelerator.pin_memory, engines.offload_settings = pin_memory, with_pinning
+    try:
+        torch.manual_seed(0)
+        zero = partitioner_for(config, world, "policy", 60.0)
+        lm: Any = LlamaForCausalLM(LlamaConfig(**dimensions)).to(getattr(torch, config.dtype))
+        if zero is not None:
+            zero._begin(lm)
+            for parameter in lm.parameters():
+                zero.partition(parameter)
+        engine = TrainEngine(_Model(lm), config, world, total_steps=10, timeout_s=60.0)
+        none = torch.zeros(0, dtype=torch.int64)
+        micro = ModelInput(torch.arange(2)[None], None, none, none, none, none, none)
+        for _ in range(2):
+            engine.optimizer_step(
+                [micro, micro], lambda i: engine.engine(i), lambda i, o: (o[0].float().sum() * 1e-3, {})
+            )
+    finally:
+        accelerator.pin_memory, engines.offload_settings = before, settings_of
+    return found

@@ -40,10 +40,10 @@ def test_a_large_run_is_shown_whole_in_a_terminal_and_within_5_seconds(columns):
         "Ask Ray for: GPU: 64 on 8 nodes (8 each)",
     ):
         assert words in done.stdout, words
-    assert re.search("│ +rollout +│ +score +│ +update +│ +transfer +│", done.stdout)
-    # By hand in test_plan.py: rollout, score, update, transfer.
-    assert re.search(r"│ parameters +│ +16\.4 +│ +18\.3 +│ +2\.3 +│ +18\.5 +│", done.stdout)
-    assert re.search(r"│ optimizer +│ +- +│ +- +│ +13\.6 +│ +- +│", done.stdout)
+    assert re.search("│ +start +│ +rollout +│ +score +│ +update +│ +transfer +│", done.stdout)
+    # By hand in test_plan.py: rollout, score, update, transfer; the start has the most with the engine, which is built first.
+    assert re.search(r"│ parameters +│ +16\.4 +│ +16\.4 +│ +18\.3 +│ +2\.3 +│ +18\.5 +│", done.stdout)
+    assert re.search(r"│ optimizer +│ +- +│ +- +│ +- +│ +13\.6 +│ +- +│", done.stdout)
     assert "Peak:" in done.stdout and "the network between" in done.stdout
     assert "What can't work" not in done.stdout
 
@@ -63,6 +63,27 @@ def test_what_can_not_run_ends_with_1_and_all_reasons():
     assert done.returncode == 1 and found["ok"] is False and len(found["problems"]) == 2
     shown = plan(str(LARGE), "cluster.nodes.0.count=2", "rollout.tensor_parallel=7")
     assert shown.returncode == 1 and "What can't work" in shown.stdout and "what would do" in shown.stdout
+
+
+def test_the_base_of_an_adapter_is_shown():
+    done = plan(str(ROOT / "configs" / "ppo_70b_lora.yaml"))
+    (line,) = [line for line in done.stdout.splitlines() if "base, ipc" in line]
+    assert "141.11" in line
+    assert "2,004 MiB" in done.stdout
+
+
+def test_an_engine_that_would_find_too_little_ends_with_1():
+    words = [
+        "cluster.executor=inline",
+        "cluster.nodes=[{gpus: 1, gpu_memory_gib: 40}]",
+        "rollout.gpu_memory_fraction=0.9",
+    ]
+    done = plan(str(BASE), "cluster.device=cuda", "policy.path=Qwen/Qwen2.5-0.5B", *words)
+    shown = " ".join(done.stdout.split())
+    assert (
+        done.returncode == 1
+        and "an engine starts only where rollout.gpu_memory_fraction 0.9 of 40.0 GiB is free" in shown
+    )
 
 
 def test_what_is_not_legal_ends_with_2():
@@ -93,7 +114,7 @@ def test_the_documents_keys_are_described():
     assert rows == set(_paths(found))
 
 
-NAMED = ("memory.gpus.phases", "memory.machines.parts", "resources.gpus_by_node")
+NAMED = ("memory.gpus.phases", "memory.machines.parts", "memory.machines.phases", "resources.gpus_by_node")
 """Whose keys are phases, parts and machines."""
 
 

@@ -93,10 +93,18 @@ def test_nobody_answers(monkeypatch):
         port = free.getsockname()[1]
     assert "no dashboard answers" in refusal(f"http://127.0.0.1:{port}")
     assert "no dashboard answers" in refusal("http://no-such-host.invalid:8265")
+    monkeypatch.setattr(submit_cluster, "ANSWER_SECONDS", 0.5)
     with socket.socket() as silent:  # takes the connection, and says nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         assert "no dashboard answers" in refusal(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_two_slow_answers_have_one_deadline(serve, monkeypatch):
+    """The first one asks for a token, the second one doesn't come."""
+    monkeypatch.setattr(submit_cluster, "CHECK_SECONDS", 2.0)
+    url = serve(lambda headers: (time.sleep(1.5), with_token(headers))[1])
+    assert "no answer within 2 s" in refusal(url, {"RAY_AUTH_TOKEN": "right"})
 
 
 def test_a_name_that_takes_for_ever_to_look_up(monkeypatch):

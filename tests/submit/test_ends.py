@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -24,8 +25,11 @@ from rayrlhf.errors import InputRefused, RunFailed
 from tests.conftest import ROOT
 
 
-def info(status: str, code: int | None = None, message: str = "", error_type: str | None = None) -> SimpleNamespace:
-    return SimpleNamespace(status=status, driver_exit_code=code, message=message, error_type=error_type)
+def info(
+    status: str, code: int | None = None, message: str = "", error_type: str | None = None, **more
+) -> SimpleNamespace:
+    found = {"status": status, "driver_exit_code": code, "message": message, "error_type": error_type, "metadata": more}
+    return SimpleNamespace(**found)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,8 @@ def test_ends(end, error, words):
 class Cluster:
     """Stands in for the dashboard: a job that writes a line and runs until it is stopped, if that helps."""
 
-    def __init__(self, said: list[Said], *, obeys: bool = True):
+    def __init__(self, said: list[Said], *, obeys: bool = True, **metadata: str):
+        self.metadata = metadata
         self.queue: queue.Queue[Said] = queue.Queue()
         for piece in said:
             self.queue.put(piece)
@@ -71,7 +76,7 @@ class Cluster:
             self.queue.put(Said("end"))
 
     def info(self, job: str):
-        return info("STOPPED") if self.stopped else info("SUCCEEDED", 0)
+        return info("STOPPED", **self.metadata) if self.stopped else info("SUCCEEDED", 0)
 
 
 def watch(cluster: Cluster, on_interrupt: str = "ask", *, interrupts: int = 0) -> str:
@@ -115,7 +120,13 @@ def test_ctrl_c_stops_it_and_another_one_leaves():
 
 
 def test_a_job_that_does_not_stop(monkeypatch):
-    monkeypatch.setattr(module, "_STOPPED_WITHIN", 0.5)
+    """It has as long as it was promised when it was submitted, whoever stops it."""
+    monkeypatch.setattr(module, "_KILLED_WITHIN", 0.5)
+    begun = time.monotonic()
+    with pytest.raises(RunFailed, match="was told to stop, and runs on"):
+        watch(Cluster([], obeys=False, stop_seconds="1"), "stop", interrupts=1)
+    assert time.monotonic() - begun >= 1.5
+    monkeypatch.setattr(module, "STOP_SECONDS", 0)
     with pytest.raises(RunFailed, match="was told to stop, and runs on"):
         watch(Cluster([], obeys=False), "stop", interrupts=1)
 
@@ -144,8 +155,9 @@ def test_ctrl_c_while_a_job_is_sent_says_that_it_may_run(monkeypatch, tmp_path):
         def __init__(self, *_):
             pass
 
-        def submit(self, *_, submission_id: str, **__):
+        def submit(self, *_, submission_id: str, env_vars: dict[str, str], metadata: dict[str, str], **__):
             self.asked.append(submission_id)
+            assert env_vars["RAY_JOB_STOP_WAIT_TIME_S"] == metadata["stop_seconds"] == "270"
             raise KeyboardInterrupt
 
         asked: list[str] = []  # noqa: RUF012
@@ -158,7 +170,7 @@ def test_ctrl_c_while_a_job_is_sent_says_that_it_may_run(monkeypatch, tmp_path):
     )
     watching = Watching("http://head:8265", "ask", Console(file=io.StringIO(), width=200))
     with pytest.raises(JobLeft) as left:
-        module.submit(config, watching, root=tmp_path)
+        module.submit(config, watching, root=tmp_path, stop_seconds=270)
     (job,) = Sending.asked
     assert f"job {job} was sent; it may run" in str(left.value) and f"--follow {job}" in str(left.value)
 
@@ -200,5 +212,6 @@ def test_arguments_are_refused_together(tmp_path):
     assert all(word in text for word in ("--address is missing", "--on-interrupt: found 'run'", "CONFIG is missing"))
     with pytest.raises(InputRefused, match="found pipeline"):
         run_submit(tmp_path / "p.yaml", [], **{**given, "address": "http://head", "on_interrupt": "ask"})
-    with pytest.raises(InputRefused, match="--follow watches a job as it is"):
-        run_submit(None, ["a=b"], **{**given, "address": "http://head", "on_interrupt": "ask", "follow": "a-1"})
+    for more in ({"overrides": ["a=b"]}, {"overrides": [], "stop_seconds": 5}):
+        with pytest.raises(InputRefused, match="--follow watches a job as it is"):
+            run_submit(None, **{**given, "address": "http://head", "on_interrupt": "ask", "follow": "a-1", **more})

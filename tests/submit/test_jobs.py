@@ -14,14 +14,25 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rayrlhf.drivers.submit_command import run_submit
+from rayrlhf.errors import InputRefused
 from tests.conftest import ROOT
 from tests.support.tiny import save_tiny_model
 
 pytestmark = pytest.mark.timeout(600)
 TOKEN = "the-token-of-this-test"
 REWARDS = """
+import os, time, torch
+
 def small(prompts, responses):
+    if path := os.environ.get("THREADS_FILE"):
+        with open(path, "w") as file:
+            file.write(f"{os.environ['OMP_NUM_THREADS']} {torch.get_num_threads()}")
     return [sum(int(word[1:]) < 20 for word in response.split()) / 8 for response in responses]
+
+def slow(prompts, responses):
+    time.sleep(1)
+    return small(prompts, responses)
 
 def broken(prompts, responses):
     raise KeyError("no such word")
@@ -41,10 +52,11 @@ monitoring: {tensorboard: false}
 cluster:
   nodes: [{count: 3, gpus: 2}]
   placement: disaggregated
-  threads: 1
   start_timeout_s: 400
   call_timeout_s: 120
 """
+SMALL = ["policy.ranks=1", "policy.zero_stage=1", "rollout.engines=1"]
+"""Fewer processes to wait for, on two GPUs."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -106,8 +118,15 @@ def read_until(process: subprocess.Popen, pattern: str) -> str:
     raise AssertionError(f"{pattern!r} never came in:\n{''.join(said)}")
 
 
-def test_a_run_on_three_nodes_to_its_end(cluster, project):
-    code, output = submit(project, cluster, "ppo.yaml", "ppo.steps=2")
+def since_start(line: str) -> int:
+    """The seconds of a line of progress."""
+    hours, minutes, seconds = re.search(r"\[(\d+):(\d\d):(\d\d)\]", line).groups()
+    return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
+
+
+def test_a_run_on_three_nodes_to_its_end(cluster, project, tmp_path):
+    threads = ["--env", "OMP_NUM_THREADS=3", "--env", f"THREADS_FILE={tmp_path / 'threads'}"]
+    code, output = submit(project, cluster, "ppo.yaml", "ppo.steps=2", *threads)
     assert code == 0, output
     assert re.search(r"run_dir runs/first is .*/runs/first on the cluster", output)
     assert "step 2/2  score" in output and "done: 2 of 2 steps" in output
@@ -118,45 +137,62 @@ def test_a_run_on_three_nodes_to_its_end(cluster, project):
     assert (folder / "model" / "model.safetensors").exists()
     written = yaml.safe_load((folder / "config.yaml").read_text())
     assert written["cluster"]["address"] == "auto" and written["policy"]["path"] == "model"
-    # There once more: the job refuses it, as `train` would.
-    code, output = submit(project, cluster, "ppo.yaml", "ppo.steps=2")
-    assert code == 2 and "holds a run already" in output and "refused its input" in output
-
-
-def test_a_run_that_fails(cluster, project):
-    change = ["run_dir=runs/fails", "reward.sources.0.function=my_rewards:broken"]
+    assert (tmp_path / "threads").read_text() == "3 3", "what the job was given, not what Ray puts into its processes"
+    # For more machines than there are: told as soon as the job knows, and refused when none has joined.
+    change = ["run_dir=runs/larger", "cluster.nodes=[{count: 4, gpus: 2}]", "cluster.placement_timeout_s=4"]
     code, output = submit(project, cluster, "ppo.yaml", *change)
-    assert code == 1, output
-    assert "KeyError" in output and "no such word" in output and "ended with exit code 1" in output
+    assert code == 2 and "refused its input" in output, output
+    lacks = "cluster.nodes names 4 machines of 2 GPUs, the Ray cluster has 2 machines of 2 GPUs and 1 machine of 1 GPU"
+    told = re.search(rf".*warning: waiting up to 4 s for machines to join the Ray cluster: {lacks}", output)
+    assert told is not None and since_start(told.group()) <= 10, output
+    assert output.count(lacks) == 2 and "no more machines joined within 4 s" in output
 
 
-def test_refused_before_anything_is_sent(cluster, project):
+def test_refused_before_anything_is_sent(cluster, project, monkeypatch):
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     for change, words in (
         ("cluster.executor=inline", "cluster.executor"),
         ("ppo.minibatch_samples=7", "minibatch_samples"),
         ("rollout.engines=4", "GPU"),
         ("data.prompts=nothing.jsonl", "data.prompts"),
     ):
-        code, output = submit(project, cluster, "ppo.yaml", "run_dir=runs/never", change)
-        assert code == 2 and words in output and "accepted" not in output, output
-    code, output = submit(project, cluster, "ppo.yaml", "--env", "NOT_SET_HERE", "run_dir=runs/never")
-    assert code == 2 and "NOT_SET_HERE is not set here" in output
+        with pytest.raises(InputRefused, match=words):
+            submit_here(cluster, change)
+    with pytest.raises(InputRefused, match="NOT_SET_HERE is not set here"):
+        submit_here(cluster, env=["NOT_SET_HERE"])
+    code, output = submit(project, cluster, "ppo.yaml", "run_dir=runs/never", "rollout.engines=4")
+    assert code == 2 and "GPU" in output and "accepted" not in output, output
     assert not (project / "runs" / "never").exists()
 
 
-def test_nobody_is_let_in_without_the_token(cluster, project):
-    code, output = submit(project, cluster, "ppo.yaml", "run_dir=runs/never", RAY_AUTH_TOKEN="wrong")
-    assert code == 2 and "doesn't take the token" in output
-    code, output = submit(project, cluster, "ppo.yaml", "run_dir=runs/never", RAY_AUTH_TOKEN="", HOME=str(project))
-    assert code == 2 and "there is none here" in output
-    code, output = submit(project, "http://127.0.0.1:9", "ppo.yaml", "run_dir=runs/never")
-    assert code == 2 and "no dashboard answers" in output
+def test_nobody_is_let_in_without_the_token(cluster, project, monkeypatch):
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("HOME", str(project))
+    with pytest.raises(InputRefused, match="there is none here"):
+        submit_here(cluster)
+    with pytest.raises(InputRefused, match="no dashboard answers"):
+        submit_here("http://127.0.0.1:9")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    with pytest.raises(InputRefused, match="doesn't take the token"):
+        submit_here(cluster)
     code, output = submit(project, cluster, "--follow", "no-such-job")
     assert code == 2 and "there is no job no-such-job" in output
+    assert not (project / "runs" / "never").exists()
 
 
-def test_ctrl_c_leaves_or_stops(cluster, project):
-    long = start(project, cluster, "ppo.yaml", "run_dir=runs/long", "ppo.steps=5000", "--on-interrupt", "leave")
+def submit_here(cluster: str, *changes: str, env: list[str] | None = None) -> None:
+    """The command's work in this process: what is refused needs no other."""
+    given = {"address": cluster, "resume": False, "on_interrupt": "ask", "wait": True, "env": env or [], "follow": None}
+    run_submit(Path("ppo.yaml"), ["run_dir=runs/never", *changes], **given)
+
+
+def test_ctrl_c_leaves_or_stops_and_who_wants_the_same_gpus_waits(cluster, project):
+    """A long run has four GPUs of five, and is left; another one wants two, and waits; the first is stopped, and the second gets
+    them, and fails by its own reward."""
+    change = ["run_dir=runs/long", "ppo.steps=5000", "reward.sources.0.function=my_rewards:slow"]
+    long = start(project, cluster, "ppo.yaml", *change, "--on-interrupt", "leave")
     try:
         before = read_until(long, r"step 2/5000")
         job = re.search(r"job (long-\w+) is accepted", before).group(1)
@@ -165,16 +201,28 @@ def test_ctrl_c_leaves_or_stops(cluster, project):
     finally:
         long.kill()
     assert long.returncode == 1 and f"--follow {job}" in rest and "which goes on" in rest
-    # Its log is there from the beginning, and the job went on.
-    again = start(project, cluster, "--follow", job, "--on-interrupt", "stop")
+
+    change = [*SMALL, "run_dir=runs/fails", "reward.sources.0.function=my_rewards:broken"]
+    second = start(project, cluster, "ppo.yaml", *change)
+    again = None
     try:
+        said = read_until(second, r"warning: waiting up to \d+ s for GPUs: .*GPUs free.*held: .* by job")
+        starts, waits = re.search(r".*phase: start", said).group(), said.splitlines()[-1]
+        assert since_start(waits) - since_start(starts) <= 10
+        # The first one's log is there from the beginning, and the job went on.
+        again = start(project, cluster, "--follow", job, "--on-interrupt", "stop")
         followed = read_until(again, r"step 6/5000")
         assert "step 1/5000" in followed
         again.send_signal(signal.SIGINT)
         rest, _ = again.communicate(timeout=150)
+        assert again.returncode == 1 and "was stopped" in rest, rest
+        # It was stopped as Ctrl-C would have stopped it here: it ended by itself, and wrote its report.
+        assert re.search(r"interrupted: \d+ of 5000 steps", rest) and "go on with --resume" in rest, rest
+        assert (project / "runs" / "long" / "report.html").exists()
+        output, _ = second.communicate(timeout=300)
     finally:
-        again.kill()
-    assert again.returncode == 1 and "was stopped" in rest, rest
-    # It was stopped as Ctrl-C would have stopped it here: it ended by itself, and wrote its report.
-    assert re.search(r"interrupted: \d+ of 5000 steps", rest) and "go on with --resume" in rest, rest
-    assert (project / "runs" / "long" / "report.html").exists()
+        second.kill()
+        if again is not None:
+            again.kill()
+    assert second.returncode == 1, output
+    assert "KeyError" in output and "no such word" in output and "ended with exit code 1" in output

@@ -36,6 +36,11 @@ class Client:
         return SimpleNamespace(status=status)
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(submit_cluster, "PAUSE_SECONDS", (0.05, 0.1))
+
+
 def read(client: Client) -> list[Said]:
     dashboard = Dashboard.__new__(Dashboard)
     dashboard.url, dashboard._client = "http://head:8265", client
@@ -95,6 +100,23 @@ def test_silence_is_looked_into(monkeypatch):
     monkeypatch.setattr(submit_cluster, "SILENCE_SECONDS", 0.2)
     *pieces, last = read(Silent([(0, 1, None), (len(TEXT), 80, None)], [JobStatus.RUNNING, JobStatus.SUCCEEDED]))
     assert "".join(piece.text for piece in pieces) == TEXT and last.kind == "end"
+
+
+def test_a_log_that_is_silent_after_the_job_has_ended_is_asked_for_anew(monkeypatch):
+    import asyncio
+
+    class Silent(Client):
+        async def tail_job_logs(self, job: str):
+            if self.connections[0][0] == 0:
+                self.connections.pop(0)
+                await asyncio.sleep(3600)
+            async for piece in super().tail_job_logs(job):
+                yield piece
+
+    monkeypatch.setattr(submit_cluster, "QUIET_SECONDS", 0.2)
+    client = Silent([(0, 1, None), (len(TEXT), 80, None)], [JobStatus.RUNNING, JobStatus.SUCCEEDED])
+    *pieces, last = read(client)
+    assert "".join(piece.text for piece in pieces) == TEXT and last.kind == "end" and not client.connections
 
 
 def test_failures_of_requests_are_one_line():

@@ -78,7 +78,8 @@ def test_on_a_terminal_it_is_the_table(log):
     view.feed(log)
     view.end()
     shown = written(console)
-    for part in ("step 5 of 5", "runs/a", "score", "0.250", "nan", "0.125 -> 0.250", "rollout 1.5 s", "80 prompts"):
+    parts = ("step 5 of 5", "runs/a", "score", "0.250", "nan", "0.125 -> 0.250", "rollout 1.5 s", "80 prompts")
+    for part in (*parts, "warning: KL is high"):
         assert part in shown, part
     assert "\x1e" not in shown and '{"at"' not in shown
     assert "before the run" in shown and "after it" in shown

@@ -39,7 +39,7 @@ def two_ranks():
 
 def connected(role: PolicyTrainer, group_version: int = 1) -> Receiver:
     """A receiver in this very thread."""
-    address = role.open_weights(receivers=1, group_version=group_version, keep_all=True)
+    address = role.open_weights("shared_memory", receivers=1, group_version=group_version, keep_all=True)
     assert address is not None
     receiver = open_receiver(address, 0, "cpu")
     role.connect_weights(address)
@@ -58,7 +58,7 @@ def sent(role: PolicyTrainer, receiver: Receiver, version: int) -> tuple[Manifes
 def policy(tiny: Path, tmp_path: Path, **sections: Any) -> PolicyTrainer:
     optimizer = {"lr": 1e-2}
     own = {"optimizer": optimizer, **sections.pop("policy", {})}
-    return PolicyTrainer(alone(), config_of(tiny, tmp_path, policy=own, **sections), str(tiny), "shared_memory", 10)
+    return PolicyTrainer(alone(), config_of(tiny, tmp_path, policy=own, **sections), str(tiny), 10)
 
 
 def test_each_version_is_the_present_weights_in_buckets_of_the_configured_size(tiny: Path, tmp_path: Path) -> None:
@@ -125,9 +125,8 @@ def make(world: World, path: str, run: dict[str, Any], columns: dict[str, Any], 
     """A policy after one update; rank 0's weights, gathered another way, and where it sends them."""
     global _role
     _role = make_role(world, "policy", path, run)
-    _role.transport = transport
     _role.update(as_batch(columns), parts_of(ALL[::2], ALL[1::2]), 1)
-    address = _role.open_weights(receivers=1, group_version=1, per_engine=1)
+    address = _role.open_weights(transport, receivers=1, group_version=1, per_engine=1)
     return {"address": address, "weights": {name: w.numpy() for name, w in weights_of(_role).items()}}
 
 

@@ -29,12 +29,12 @@ def ray_here() -> Iterator[None]:
 
 @contextmanager
 def running(
-    transport: str, engines: int, trouble: dict[tuple[int, int], str], timeout_s: float = 100.0, **policy: Any
+    engines: int, trouble: dict[tuple[int, int], str], timeout_s: float = 100.0, **policy: Any
 ) -> Iterator[tuple[Group, Group]]:
     env = {"PYTHONPATH": str(ROOT)}
     roles = "tests.weights.weight_roles"
     specs = [
-        RoleSpec("policy", f"{roles}:Sends", {"transport": transport, "timeout_s": timeout_s, **policy}, 1, env),
+        RoleSpec("policy", f"{roles}:Sends", {"timeout_s": timeout_s, **policy}, 1, env),
         RoleSpec("rollout", f"{roles}:Receives", {"trouble": trouble}, engines, env),
     ]
     with ExitStack() as stack:
@@ -57,8 +57,8 @@ def config(**rollout: Any) -> Config:
 
 
 def test_gloo_from_process_to_processes_and_its_metrics() -> None:
-    with running("gloo", 2, {}) as (policy, rollout):
-        connect_weights(policy, rollout, config())
+    with running(2, {}) as (policy, rollout):
+        connect_weights(policy, rollout, config(weight_transport="gloo"), None)
         for version in (1, 2):
             metrics = transfer_weights(policy, rollout, version, version == 1)
             expected = sum(float(t.double().sum()) for _, t in weights_of_version(version))
@@ -66,7 +66,7 @@ def test_gloo_from_process_to_processes_and_its_metrics() -> None:
             checksums = 4 * 6 if version == 1 else 0
             assert metrics["sync/bytes"] == 6 * 50 * 40 * 4 + checksums and metrics["sync/buckets"] == 6
             assert metrics["sync/gb_per_s"] == metrics["sync/bytes"] / metrics["sync/seconds"] / 1e9 > 0
-        connect_weights(policy, rollout, config(), group_version=2)
+        connect_weights(policy, rollout, config(weight_transport="gloo"), None, group_version=2)
         transfer_weights(policy, rollout, 3, False)
         rollout.broadcast("sum", version=3)
 
@@ -79,8 +79,8 @@ def test_gloo_from_process_to_processes_and_its_metrics() -> None:
     ],
 )
 def test_an_engine_that_fails_is_told_soon_and_the_policy_goes_on(trouble: str, said: str) -> None:
-    with running("shared_memory", 2, {(1, 2): trouble}) as (policy, rollout):
-        connect_weights(policy, rollout, config())
+    with running(2, {(1, 2): trouble}) as (policy, rollout):
+        connect_weights(policy, rollout, config(), None)
         transfer_weights(policy, rollout, 1, True)
         started = time.monotonic()
         with pytest.raises(RoleFailed, match=said):
@@ -90,24 +90,24 @@ def test_an_engine_that_fails_is_told_soon_and_the_policy_goes_on(trouble: str, 
 
 
 def test_a_policy_that_fails_is_told_and_not_the_engines_that_waited_for_it() -> None:
-    with running("shared_memory", 2, {}, fails=1) as (policy, rollout):
-        connect_weights(policy, rollout, config())
+    with running(2, {}, fails=1) as (policy, rollout):
+        connect_weights(policy, rollout, config(), None)
         with pytest.raises(RoleFailed, match="policy rank 0 failed in publish_weights: ValueError: the disk is full"):
             transfer_weights(policy, rollout, 1, True)
 
 
 def test_an_engine_that_dies_before_the_rendezvous_is_told_soon() -> None:
-    with running("gloo", 2, {(1, 0): "die"}) as (policy, rollout):
+    with running(2, {(1, 0): "die"}) as (policy, rollout):
         started = time.monotonic()
         with pytest.raises(RoleFailed, match="rollout rank 1 died in connect_weights"):
-            connect_weights(policy, rollout, config())
+            connect_weights(policy, rollout, config(weight_transport="gloo"), None)
         assert time.monotonic() - started < 15
         assert policy.broadcast("alive", timeout_s=20) == [True]
 
 
 def test_an_engine_that_hangs_is_named_after_the_deadline() -> None:
-    with running("shared_memory", 2, {(1, 1): "hang"}, timeout_s=3.0) as (policy, rollout):
-        connect_weights(policy, rollout, config())
+    with running(2, {(1, 1): "hang"}, timeout_s=3.0) as (policy, rollout):
+        connect_weights(policy, rollout, config(), None)
         with pytest.raises(
             RoleFailed, match=r"policy rank 0 .*rollout rank 1 did not take bucket 3 of 6 \(layer2.weight\)"
         ):

@@ -22,15 +22,17 @@ def weights_of_version(version: int) -> list[tuple[str, torch.Tensor]]:
 class Sends:
     """A policy. ``fails`` is a version at which it raises after two tensors."""
 
-    def __init__(self, world: World, transport: str, timeout_s: float, fails: int = -1):
-        self.world, self.transport, self.timeout_s, self.fails = world, transport, timeout_s, fails
+    def __init__(self, world: World, timeout_s: float, fails: int = -1):
+        self.world, self.timeout_s, self.fails = world, timeout_s, fails
         self.transfers, self.sender = 0, None
 
-    def open_weights(self, receivers: int, group_version: int, per_engine: int = 1, keep_all: bool = False) -> Any:
+    def open_weights(
+        self, transport: str, receivers: int, group_version: int, per_engine: int = 1, keep_all: bool = False
+    ) -> Any:
         if self.sender is not None:
             self.sender.close()
         self.sender = open_sender(
-            self.transport,
+            transport,
             run="toy",
             receivers=receivers,
             version=group_version,
