@@ -56,9 +56,16 @@ def assert_same(a: Batch, b: Batch) -> None:
             assert torch.equal(a[name], b[name])
 
 
+@pytest.fixture(params=["in the message", "through the store"])
+def way(request, monkeypatch) -> None:
+    """How columns of the driver's own travel; the batches here are all small."""
+    if request.param == "through the store":
+        monkeypatch.setattr(columns, "SMALL_BYTES", -1)
+
+
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("lengths", SHAPES, ids=str)
-def test_same_as_inline_and_in_order(groups, inline, name, lengths):
+def test_same_as_inline_and_in_order(groups, inline, name, lengths, way):
     batch = samples(lengths)
     expected = inline.call("columns", batch, factor=3)
     assert_same(groups[name].call("columns", batch, factor=3), expected)
@@ -68,7 +75,7 @@ def test_same_as_inline_and_in_order(groups, inline, name, lengths):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_chained_calls_move_no_values_through_the_driver(groups, inline, name, gets):
+def test_chained_calls_move_no_values_through_the_driver(groups, inline, name, gets, way):
     batch = samples([3, 1, 4, 1, 5])
     first = groups[name].call("columns", batch)
     merged = batch.merge(first).select([4, 0, 2, 2])

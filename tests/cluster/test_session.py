@@ -158,15 +158,25 @@ def test_nodes_that_do_not_answer():
 @pytest.mark.parametrize("shape", [(5,), (0,), (3, 2)])
 def test_values_survive_the_store(dtype, shape):
     values = (torch.arange(12).reshape(-1)[: torch.Size(shape).numel()].reshape(shape) / 3).to(dtype)
-    back = columns._unpack(columns._pack(values))
-    assert back.dtype == dtype and back.shape == values.shape
-    assert torch.equal(back.to(torch.float32), values.to(torch.float32))
+    for back in (columns._unpack(columns._pack(values)), columns._outline(columns._inline(values))):
+        assert back.dtype == dtype and back.shape == values.shape
+        assert torch.equal(back.to(torch.float32), values.to(torch.float32))
 
 
 def test_values_with_gradient_or_gaps_in_memory():
     assert columns._unpack(columns._pack(torch.ones(3, requires_grad=True) * 2)).tolist() == [2, 2, 2]
     transposed = torch.arange(6).reshape(2, 3).to(torch.bfloat16).T
     assert columns._unpack(columns._pack(transposed)).tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert columns._outline(columns._inline(transposed)).tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_what_is_small_travels_in_the_message():
+    """64 KiB altogether; texts count with their length."""
+    quarter = torch.zeros(4096)  # 16 KiB
+    assert columns._is_small([quarter, quarter, ["x" * 1024] * 32]) and not columns._is_small(
+        [quarter, quarter, ["x" * 1025] * 32]
+    )
+    assert columns._is_small([torch.zeros(16384)]) and not columns._is_small([torch.zeros(16385)])
 
 
 @pytest.mark.parametrize(
