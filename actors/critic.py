@@ -9,10 +9,11 @@ from rayrlhf.actors.trainer import LOSS, TOKENS, MinibatchLoss, StepCounts, Trai
 from rayrlhf.algorithms import value_loss
 from rayrlhf.batch import Batch
 from rayrlhf.config import Config
+from rayrlhf.models.adapters import add_lora
 from rayrlhf.models.engine import partitioner_for
 from rayrlhf.models.heads import ScalarModel
 from rayrlhf.models.layout import ModelInput
-from rayrlhf.models.loading import add_lora, load_critic
+from rayrlhf.models.loading import load_critic
 from rayrlhf.models.skeleton import bare_backbone, check_training
 from rayrlhf.models.world import World
 

@@ -16,6 +16,7 @@ from rayrlhf.config.base import RunConfig
 from rayrlhf.config.schema import RolloutConfig
 from rayrlhf.config.trainers import PolicyConfig
 from rayrlhf.errors import InputRefused
+from rayrlhf.models.adapters import add_lora
 from rayrlhf.models.engine import partitioner_for
 from rayrlhf.models.export import (
     adapter_layout,
@@ -27,7 +28,7 @@ from rayrlhf.models.export import (
 )
 from rayrlhf.models.heads import PolicyModel
 from rayrlhf.models.layout import ModelInput
-from rayrlhf.models.loading import DTYPES, add_lora, check_output_head, load_causal_lm
+from rayrlhf.models.loading import DTYPES, check_output_head, load_causal_lm
 from rayrlhf.models.merging import Checked, merged_logprobs, probe_batch, write_checked
 from rayrlhf.models.skeleton import bare_causal_lm, check_training
 from rayrlhf.models.world import World

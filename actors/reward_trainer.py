@@ -15,11 +15,12 @@ from rayrlhf.checkpoint import sizes_on_disk
 from rayrlhf.config.offline import RewardModelConfig
 from rayrlhf.config.trainers import TrainedConfig
 from rayrlhf.errors import InputRefused
+from rayrlhf.models.adapters import add_lora
 from rayrlhf.models.engine import partitioner_for
 from rayrlhf.models.export import save_reward_folder
 from rayrlhf.models.heads import ScalarModel
 from rayrlhf.models.layout import ModelInput, micro_batches, pair_micro_batches
-from rayrlhf.models.loading import DTYPES, add_lora, load_critic, prompt_sharing, scorer_class
+from rayrlhf.models.loading import DTYPES, load_critic, prompt_sharing, scorer_class
 from rayrlhf.models.merging import Checked, merged_scores, probe_batch, write_checked
 from rayrlhf.models.packing import packs
 from rayrlhf.models.skeleton import bare_backbone, check_training

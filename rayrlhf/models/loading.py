@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from rayrlhf.batch import Batch
-from rayrlhf.config.trainers import LoraConfig, ModelConfig
+from rayrlhf.config.trainers import ModelConfig
 from rayrlhf.errors import InputRefused
 from rayrlhf.models.cpu import with_cpu_kernels
 from rayrlhf.models.heads import HEADS, ScalarModel, check_one_label, hidden_states, linear_head, output_logits
@@ -26,7 +26,6 @@ from rayrlhf.models.varlen import VARLEN
 from rayrlhf.models.zero import Partitioner, callable_in_parts, whole
 
 __all__ = [
-    "add_lora",
     "check_output_head",
     "is_reward_model",
     "load_causal_lm",
@@ -318,45 +317,6 @@ def prompt_sharing(backbone: Any, model: ModelConfig) -> PromptSharing | None:
     tolerance = 1e-4 if backbone.dtype == torch.float32 else 5e-2
     scale = float(expected.abs().max())
     return sharing if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale) else None
-
-
-def add_lora(lm: Any, lora: LoraConfig, seed: int) -> Any:
-    """Put adapters into a model and freeze the rest; returns the peft model around it.
-
-    A: Kaiming-uniform from ``seed``, B: 0 (Hu et al. 2021, section 4.1), so that nothing changes before the first step.
-
-    Raises:
-        InputRefused: where the model has no such modules, or one of them shares its weight with another module.
-    """
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
-    settings = PeftLoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a fraction works as well
-        target_modules=lora.target_modules,
-        lora_dropout=0.0,
-        bias="none",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            adapted = get_peft_model(lm, settings)
-        except ValueError as error:
-            raise InputRefused(f"lora.target_modules {lora.target_modules}: {_first_line(error)}") from error
-    _refuse_tied(lm)
-    return adapted
-
-
-def _refuse_tied(lm: Any) -> None:
-    """An adapter of one of two modules with the same weight: no merged weight could stand for both."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in lm.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for shared in names.values():
-        if len(shared) > 1 and any(".base_layer." in name for name in shared):
-            both = " and ".join(name.replace(".base_layer", "") for name in shared)
-            raise InputRefused(f"lora.target_modules: {both} are one tied weight, which can't have an adapter")
 
 
 def _backbone(

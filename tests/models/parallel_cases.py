@@ -13,11 +13,12 @@ from rayrlhf.actors.critic import CriticTrainer
 from rayrlhf.batch import Batch
 from rayrlhf.config.trainers import TrainedConfig
 from rayrlhf.errors import InputRefused
+from rayrlhf.models.adapters import add_lora
 from rayrlhf.models.engine import TrainEngine
 from rayrlhf.models.export import named_weights, weight_layout
 from rayrlhf.models.heads import PolicyModel
 from rayrlhf.models.layout import ModelInput, PromptSharing, micro_batches, pair_micro_batches
-from rayrlhf.models.loading import add_lora, load_causal_lm, load_critic
+from rayrlhf.models.loading import load_causal_lm, load_critic
 from rayrlhf.models.world import World
 from tests.models.making import ragged_tokens
 from tests.models.pairs import pair_batch

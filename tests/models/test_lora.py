@@ -13,7 +13,8 @@ from rayrlhf.actors.critic import CriticTrainer
 from rayrlhf.actors.policy import PolicyTrainer
 from rayrlhf.config.trainers import LoraConfig, ModelConfig
 from rayrlhf.errors import InputRefused
-from rayrlhf.models.loading import add_lora, load_causal_lm
+from rayrlhf.models.adapters import add_lora
+from rayrlhf.models.loading import load_causal_lm
 from tests.models import plain
 from tests.models.making import LENGTHS, alone, config_of, parts_of, settings, training_batch
 from tests.models.rank_cases import as_columns, interrupted, save_and_export, trained, weights_of
@@ -178,8 +179,11 @@ def test_what_cannot_have_adapters_is_refused(llama: Path, qwen: Path) -> None:
     def adapted(path: Path, modules: list[str]) -> None:
         add_lora(load_causal_lm(str(path), ModelConfig(), dtype=torch.float32), LoraConfig(target_modules=modules), 0)
 
-    with pytest.raises(InputRefused, match=r"lora.target_modules \['q_prj'\].*not found"):
-        adapted(llama, ["q_prj"])
+    for modules in (["q_prj"], ["q_proj", "q_prj"]):
+        with pytest.raises(
+            InputRefused, match="found q_prj, which the model doesn't have; its linear layers are down_proj"
+        ):
+            adapted(llama, modules)
     for module in ("lm_head", "embed_tokens"):
         with pytest.raises(InputRefused, match="lora.target_modules: .*tied"):
             adapted(llama, [module])

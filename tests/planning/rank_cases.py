@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.config.trainers import TrainedConfig
+from rayrlhf.models.adapters import add_lora
 from rayrlhf.models.engine import TrainEngine, partitioner_for
 from rayrlhf.models.layout import ModelInput
-from rayrlhf.models.loading import add_lora
 from rayrlhf.models.world import World
 
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
