@@ -183,7 +183,7 @@ def run(config: CritiqueConfig, monkeypatch: Any = None, says: Says | None = Non
         group = Scripted(AutoTokenizer.from_pretrained(config.policy.path), says)
 
         @contextmanager
-        def scripted(config: Any, specs: Any) -> Iterator[Groups]:
+        def scripted(config: Any, specs: Any, warn: Any) -> Iterator[Groups]:
             assert [spec.name for spec in specs] == ["rollout"]
             yield Groups({"rollout": group})
 
