@@ -33,9 +33,6 @@ def small(prompts, responses):
 def slow(prompts, responses):
     time.sleep(1)
     return small(prompts, responses)
-
-def broken(prompts, responses):
-    raise KeyError("no such word")
 """
 CONFIG = """
 run_dir: runs/first
@@ -189,9 +186,8 @@ def submit_here(cluster: str, *changes: str, env: list[str] | None = None) -> No
 
 
 def test_ctrl_c_leaves_or_stops_and_who_wants_the_same_gpus_waits(cluster, project):
-    """A long run has four GPUs of five, and is left; another one wants two, and waits; the first is stopped, and the second gets
-    them, and fails by its own reward."""
-    change = ["run_dir=runs/long", "ppo.steps=5000", "reward.sources.0.function=my_rewards:slow"]
+    """A long run has two GPUs of five, and is left; another one wants four, and waits; both are stopped."""
+    change = [*SMALL, "run_dir=runs/long", "ppo.steps=5000", "reward.sources.0.function=my_rewards:slow"]
     long = start(project, cluster, "ppo.yaml", *change, "--on-interrupt", "leave")
     try:
         before = read_until(long, r"step 2/5000")
@@ -202,15 +198,14 @@ def test_ctrl_c_leaves_or_stops_and_who_wants_the_same_gpus_waits(cluster, proje
         long.kill()
     assert long.returncode == 1 and f"--follow {job}" in rest and "which goes on" in rest
 
-    change = [*SMALL, "run_dir=runs/fails", "reward.sources.0.function=my_rewards:broken"]
-    second = start(project, cluster, "ppo.yaml", *change)
-    again = None
+    second = start(project, cluster, "ppo.yaml", "run_dir=runs/second", "--on-interrupt", "stop")
+    again = start(project, cluster, "--follow", job, "--on-interrupt", "stop")
     try:
         said = read_until(second, r"warning: waiting up to \d+ s for GPUs: .*GPUs free.*held: .* by job")
         starts, waits = re.search(r".*phase: start", said).group(), said.splitlines()[-1]
         assert since_start(waits) - since_start(starts) <= 10
+        second.send_signal(signal.SIGINT)
         # The first one's log is there from the beginning, and the job went on.
-        again = start(project, cluster, "--follow", job, "--on-interrupt", "stop")
         followed = read_until(again, r"step 6/5000")
         assert "step 1/5000" in followed
         again.send_signal(signal.SIGINT)
@@ -219,10 +214,8 @@ def test_ctrl_c_leaves_or_stops_and_who_wants_the_same_gpus_waits(cluster, proje
         # It was stopped as Ctrl-C would have stopped it here: it ended by itself, and wrote its report.
         assert re.search(r"interrupted: \d+ of 5000 steps", rest) and "go on with --resume" in rest, rest
         assert (project / "runs" / "long" / "report.html").exists()
-        output, _ = second.communicate(timeout=300)
+        rest, _ = second.communicate(timeout=150)
+        assert second.returncode == 1 and "was stopped" in rest, rest
     finally:
         second.kill()
-        if again is not None:
-            again.kill()
-    assert second.returncode == 1, output
-    assert "KeyError" in output and "no such word" in output and "ended with exit code 1" in output
+        again.kill()
