@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from rayrlhf.actors.reward_function import import_function
 from rayrlhf.batch import Batch
 from rayrlhf.config.schema import ScorerProcesses, ScoreSource, ScoringConfig
 from rayrlhf.config.trainers import ModelConfig
@@ -33,8 +33,6 @@ __all__ = [
     "RewardModel",
     "RewardScorer",
     "as_trained",
-    "check_signature",
-    "import_function",
 ]
 
 
@@ -53,51 +51,10 @@ class Service(Protocol):
         """float32 [S], NaN where it failed; and why, None where it didn't."""
 
 
-def import_function(path: str) -> Callable[..., Any]:
-    """The function at ``package.module:name``.
-
-    Raises:
-        InputRefused: where the module can't be imported, or has no such function.
-    """
-    module_name, _, name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise InputRefused(
-            f"reward function {path!r}: importing {module_name} fails: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        near = ", ".join(n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_"))
-        raise InputRefused(
-            f"reward function {path!r}: {module_name} has no function {name!r}; it has: {near or 'none'}"
-        )
-    return function
-
-
 def response_tokens(batch: Batch) -> list[Tensor]:
     """The tokens of each response, those masked out of training included."""
     tokens, prompts = batch["tokens"], batch["prompt_length"].tolist()
     return [tokens[start + prompt : end] for (start, end), prompt in zip(batch.spans(), prompts, strict=True)]
-
-
-def check_signature(path: str, columns: Collection[str]) -> None:
-    """Whether the data has every column that a reward function can't do without.
-
-    Raises:
-        InputRefused: naming the columns that are missing, and those that are there.
-    """
-    wanted = [
-        p.name
-        for p in inspect.signature(import_function(path)).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    missing = [name for name in wanted if name not in ("prompts", "responses") and name not in columns]
-    if missing:
-        raise InputRefused(
-            f"reward function {path!r} wants {', '.join(missing)}, which the data has no column for; "
-            f"its columns are: {', '.join(sorted(columns)) or 'none besides the prompt'}"
-        )
 
 
 class RewardFunction:

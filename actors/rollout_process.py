@@ -14,6 +14,7 @@ import torch
 
 from rayrlhf.actors.rollout_common import rollout_environment
 from rayrlhf.errors import InputRefused
+from rayrlhf.importing import quick_imports
 from rayrlhf.models.world import World
 
 __all__ = ["LAST_WORDS", "children", "import_vllm", "own_random_state", "quiet", "undisturbed"]
@@ -36,9 +37,9 @@ def import_vllm(device: Literal["cpu", "cuda"]) -> None:
 
         torch._dynamo.config.disable = True
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quick_imports():
             warnings.simplefilter("ignore", FutureWarning)
-            import vllm  # noqa: F401
+            import vllm.v1.engine.llm_engine  # noqa: F401  (the package alone loads next to nothing)
     except ImportError as error:
         raise InputRefused(
             f"rollout.engine is vllm, and vLLM can't be imported here ({error}). Install vllm, or on a machine without "

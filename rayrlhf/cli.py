@@ -11,6 +11,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from rayrlhf.importing import quick_imports, take_over_process
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -77,7 +79,8 @@ def train(
 
         loaded = load_config(config, overrides or [])
         _prepare_process(alone=loaded.cluster.executor == "inline")
-        from rayrlhf.drivers.train import train as run_training
+        with quick_imports():
+            from rayrlhf.drivers.train import train as run_training
 
         run_training(loaded, resume=resume)
 
@@ -134,7 +137,8 @@ def generate(
     """Let a model answer prompts."""
     with _told_plainly():
         _prepare_process(alone=True)
-        from rayrlhf.drivers.generate import generate as run_generation
+        with quick_imports():
+            from rayrlhf.drivers.generate import generate as run_generation
 
         texts = run_generation(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat)
         for question, text in zip(prompt, texts, strict=True):
@@ -165,7 +169,8 @@ def export(
     """Write a run's model as one Hugging Face folder: adapters are merged, and checked against the unmerged model."""
     with _told_plainly():
         _prepare_process(alone=True)
-        from rayrlhf.drivers.export import export_model
+        with quick_imports():
+            from rayrlhf.drivers.export import export_model
 
         for line in export_model(run, out):
             print(line)
@@ -176,7 +181,8 @@ def sample(config: ConfigPath, overrides: Overrides = None) -> None:
     """Let a model answer prompts, score the responses, and write preference pairs, best-of-n examples, or all of them."""
     with _told_plainly(_NOTHING_LEFT):
         loaded = _loaded_for("sampling", config, overrides or [])
-        from rayrlhf.drivers.sample import sample_responses
+        with quick_imports():
+            from rayrlhf.drivers.sample import sample_responses
 
         sample_responses(loaded)
 
@@ -186,7 +192,8 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Compare models on the same prompts: scores, win rates, KL, perplexity, variety, samples side by side."""
     with _told_plainly(_NOTHING_LEFT):
         loaded = _loaded_for("evaluation", config, overrides or [])
-        from rayrlhf.drivers.evaluate import evaluate_models
+        with quick_imports():
+            from rayrlhf.drivers.evaluate import evaluate_models
 
         evaluate_models(loaded)
 
@@ -203,9 +210,10 @@ def pipeline(
     """Run stages that feed each other, such as SFT, pairs, DPO and a comparison; the same command again goes on."""
     with _told_plainly(_GOES_ON):
         _prepare_process(alone=True)
-        from rayrlhf.config.pipeline import load_pipeline
-        from rayrlhf.drivers.pipeline import run_pipeline
-        from rayrlhf.drivers.pipeline_inputs import look
+        with quick_imports():
+            from rayrlhf.config.pipeline import load_pipeline
+            from rayrlhf.drivers.pipeline import run_pipeline
+            from rayrlhf.drivers.pipeline_inputs import look
 
         run_pipeline(load_pipeline(config, overrides or [], look), redo=redo or [])
 
@@ -215,7 +223,8 @@ def critique(config: ConfigPath, overrides: Overrides = None) -> None:
     """Let a model criticise its own responses by principles and revise them, and write preference pairs."""
     with _told_plainly(_NOTHING_LEFT):
         loaded = _loaded_for("critique", config, overrides or [])
-        from rayrlhf.drivers.critique import critique_responses
+        with quick_imports():
+            from rayrlhf.drivers.critique import critique_responses
 
         critique_responses(loaded)
 
@@ -301,7 +310,8 @@ def data_check(
     """Say what is wrong with data, by file and line. Exit code 2 where a run would refuse them."""
     with _told_plainly():
         _prepare_process(alone=True)
-        from rayrlhf.drivers.data_check import check_data
+        with quick_imports():
+            from rayrlhf.drivers.data_check import check_data
 
         raise typer.Exit(check_data(what, overrides or [], model=model, reward_model=reward_model, fix_to=fix))
 
@@ -321,7 +331,8 @@ def serve_reward(
     """Serve a reward model over HTTP."""
     with _told_plainly():
         _prepare_process(alone=True)
-        from rayrlhf.drivers.serve import serve_reward_model
+        with quick_imports():
+            from rayrlhf.drivers.serve import serve_reward_model
 
         serve_reward_model(model, host=host, port=port, token_env=token_env)
 
@@ -361,6 +372,7 @@ def _prepare_process(*, alone: bool) -> None:
 
 def main() -> None:
     """The console script."""
+    take_over_process()
     app()
 
 

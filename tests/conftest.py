@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Generator
@@ -21,6 +23,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+atexit.register(gc.unfreeze)  # Python takes everything down in the end
+
 SLOW = ("submit", "multinode", "drivers", "rollout", "weights", "cluster", "models")
 """Folders whose files take minutes, the slowest first: begun last, one of them would run on alone in the end."""
 
@@ -29,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow files first; the order within a file stays."""
     rank = {name: place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: rank.get(item.path.parent.name, len(SLOW)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settled() -> None:
+    """What is imported by now is left out when garbage is looked for, as in the processes of a run: it is a third of a
+    second each time, and DeepSpeed asks for it with every engine."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

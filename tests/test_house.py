@@ -52,7 +52,10 @@ def test_files_and_functions_fit_on_few_screens(path: Path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
 
-@pytest.mark.parametrize("module", ["rayrlhf", "rayrlhf.config", "rayrlhf.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["rayrlhf", "rayrlhf.config", "rayrlhf.cli", "rayrlhf.drivers.pipeline", "rayrlhf.drivers.pipeline_inputs"],
+)
 def test_light_modules_load_nothing_heavy(module: str):
     code = f"import sys, {module}; print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'deepspeed') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)

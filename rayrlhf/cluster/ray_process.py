@@ -24,6 +24,7 @@ from rayrlhf.cluster.errors import Failure
 from rayrlhf.cluster.group import check_chunk, check_new_columns
 from rayrlhf.cluster.ray_share import RemoteShare, WireShare
 from rayrlhf.cluster.spec import THREADS_VARIABLE, load_class, usable_cores
+from rayrlhf.importing import take_over_process
 from rayrlhf.models.world import World
 
 __all__ = ["ProcessInfo", "RoleProcess"]
@@ -55,6 +56,7 @@ class RoleProcess:
     """
 
     def __init__(self, sharers: int | None = None) -> None:
+        take_over_process()
         self._threads = None if sharers is None else max(1, usable_cores() // sharers)
         if self._threads is not None:
             # Torch came with this class and has read the variable. What the role's module loads and starts reads it later.

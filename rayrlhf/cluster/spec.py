@@ -11,6 +11,7 @@ from typing import Any
 
 from rayrlhf.cluster.session import JOB_VARIABLE
 from rayrlhf.config.base import ClusterConfig
+from rayrlhf.importing import quick_imports
 
 __all__ = [
     "THREADS_VARIABLE",
@@ -71,7 +72,8 @@ def load_class(build: str) -> Any:
         ImportError: where the module can't be imported or has no such class.
     """
     module_name, _, name = build.partition(":")
-    module = importlib.import_module(module_name)
+    with quick_imports():
+        module = importlib.import_module(module_name)
     try:
         return getattr(module, name)
     except AttributeError as error:

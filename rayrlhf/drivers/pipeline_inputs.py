@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from rayrlhf.actors.reward import import_function
+from rayrlhf.actors.reward_function import import_function
 from rayrlhf.config.pipeline import DATA, EITHER, FILE, FUNCTION
 from rayrlhf.errors import InputRefused
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from rayrlhf.actors.reward import check_signature, import_function
+from rayrlhf.actors.reward_function import check_signature, import_function
 from rayrlhf.actors.reward_http import check_service
 from rayrlhf.config import Config
 from rayrlhf.config.schema import ScoreSource

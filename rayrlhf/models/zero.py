@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rayrlhf.config.trainers import TrainedConfig
 from rayrlhf.errors import InputRefused
+from rayrlhf.importing import quick_imports
 from rayrlhf.models.distributed import join_group
 from rayrlhf.models.world import World
 
@@ -61,8 +62,11 @@ def import_deepspeed(world: World) -> Any:
     if world.device == "cpu":
         # DeepSpeed would compile a shared-memory collective on first use: over a minute, and it needs a C++ compiler.
         # (`import deepspeed.comm.torch as x` would give torch itself, which that package holds under the same name.)
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    import deepspeed
+        with quick_imports():
+            communication = importlib.import_module("deepspeed.comm.torch")
+        communication.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    with quick_imports():
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(dist_backend="nccl" if world.device == "cuda" else "gloo", verbose=False)

@@ -1,4 +1,4 @@
-"""The same run on Ray and inline, on one rank and on two, with a full model and with LoRA."""
+"""The same run on Ray and inline, with a full model and with LoRA. More ranks and engines: tests/multinode/test_ppo.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from rayrlhf.errors import RunFailed
 from tests.drivers.runs import Finished, TinyWorld
 
 RAY = "cluster.executor=ray"
+FEW = ["critic=null", "ppo.advantage_estimator=rloo"]
+"""Fewer processes to wait for."""
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +38,6 @@ def test_ray_and_inline_are_the_same_run(world: TinyWorld, inline: Finished, ray
     assert on_ray.numbers == inline.numbers
     assert on_ray.evaluations == inline.evaluations
     assert on_ray.same_weights(inline)
-
-
-def test_two_ranks_and_two_engines_train_as_one(world: TinyWorld, ray_once):
-    one = world.train("one-rank", "ppo.steps=1")
-    two = world.train(
-        "two-ranks", RAY, "ppo.steps=1", "policy.ranks=2", "critic.ranks=2", "reference.ranks=2", "rollout.engines=2",
-        "policy.zero_stage=3", "critic.zero_stage=2", "rollout.assignment=least_loaded",
-    )  # fmt: skip
-    mine, theirs = two.numbers[0], one.numbers[0]
-    for name in (
-        "score/mean",
-        "kl",
-        "policy_loss",
-        "value_loss",
-        "explained_variance",
-        "entropy",
-        "grad_norm",
-        "critic/grad_norm",
-    ):
-        assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
-    for name, weight in two.weights.items():
-        torch.testing.assert_close(weight, one.weights[name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_samples_are_conserved(inline: Finished):
@@ -99,7 +79,9 @@ def test_an_adapter_alone_can_be_saved(world: TinyWorld):
 
 
 def test_a_killed_role_ends_the_run_by_name_and_what_was_trained_is_kept(world: TinyWorld, ray_once):
-    config = load_config(world.config_file("killed-role"), [RAY, "checkpoint.every_steps=0", "evaluation.prompts=0"])
+    config = load_config(
+        world.config_file("killed-role"), [RAY, *FEW, "checkpoint.every_steps=0", "evaluation.prompts=0"]
+    )
     with pytest.raises(RunFailed, match="reference rank 0 died in token_logprobs"), rayrlhf.launch(config) as run:
         for step in run.steps():
             if step == 3:
@@ -118,5 +100,5 @@ def test_a_role_that_cannot_come_up_ends_the_start(world: TinyWorld, ray_once):
     broken.mkdir()
     for file in (world.folder / "model").iterdir():
         (broken / file.name).write_bytes(file.read_bytes() if file != weights else b"no weights")
-    with pytest.raises(RunFailed, match=r"(reference|critic) rank 0 failed to start"):
-        world.train("broken", RAY, f"reference.path={broken}", f"critic.path={broken}")
+    with pytest.raises(RunFailed, match=r"reference rank 0 failed to start"):
+        world.train("broken", RAY, *FEW, f"reference.path={broken}")

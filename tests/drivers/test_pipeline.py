@@ -37,21 +37,7 @@ EXAMPLES = {"max_prompt_tokens": 8, "max_tokens": 24, "validation_fraction": 0.2
 TRAINING = {"epochs": 1, "batch_examples": 8, "max_steps": 4}
 SAMPLING = {"engine": "transformers", "max_response_tokens": 8}
 QUIET = {"progress": "lines", "tensorboard": False}
-SCORE = {"function": "tests.drivers.test_pipeline:small_numbers"}
-
-calls = 0
-
-
-def small_numbers(prompts: list[str], responses: list[str]) -> list[float]:
-    """The share of words below w20. At the call whose number is in AT_CALL the process, and the one that started it, get
-    what DOES names: a SIGKILL each, or the pipeline a SIGINT."""
-    global calls
-    calls += 1
-    if calls == int(os.environ.get("AT_CALL", "0")):
-        os.kill(os.getppid(), signal.SIGKILL if os.environ["DOES"] == "kill" else signal.SIGINT)
-        if os.environ["DOES"] == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-    return [sum(int(word[1:]) < 20 for word in response.split()) / 8 for response in responses]
+SCORE = {"function": "tests.drivers.pipeline_score:small_numbers"}
 
 
 def sft(**more: Any) -> dict[str, Any]:
@@ -391,7 +377,7 @@ def test_inputs_from_outside_are_looked_at(world: World) -> None:
         f"stages.sft.data.train={world.folder / 'none.jsonl'}",
         "stages.ppo.policy.tokenizer=./nowhere",
         "stages.ppo.critic.path=package:no_such_package",
-        "stages.ppo.reward.sources.0.function=tests.drivers.test_pipeline:smal_numbers",
+        "stages.ppo.reward.sources.0.function=tests.drivers.pipeline_score:smal_numbers",
         "stages.compare.reference=none.gguf",
         "stages.compare.models.0.chat_template=none.jinja",
     )

@@ -141,9 +141,10 @@ def test_processes_that_share_a_gpu_give_the_same_run_bit_for_bit(world: TinyWor
 
 def test_an_engine_that_died_is_not_waited_for_when_the_rest_is_saved(world: TinyWorld, ray_once):
     on_ray = ["cluster.executor=ray", "ppo.steps=3", "checkpoint.every_steps=0", "evaluation.prompts=0", SHARED]
+    on_ray += ["critic=null", "ppo.advantage_estimator=rloo"]  # fewer processes to wait for
     config = load_config(world.config_file("died"), on_ray)
     with pytest.raises(RunFailed, match="rollout rank 0 died in wake"), rayrlhf.launch(config) as run:
-        assert run.groups.placement.sharing("policy") == {"critic", "reference", "rollout"}
+        assert run.groups.placement.sharing("policy") == {"reference", "rollout"}
         for step in run.steps():
             if step == 3:
                 os.kill(run.rollout.pids[0], signal.SIGKILL)

@@ -12,7 +12,14 @@ from typing import Any
 
 from rayrlhf.models.world import World
 
-PRELOADED = ["transformers", "peft", "deepspeed", "rayrlhf.actors.policy", "rayrlhf.actors.preference"]
+PRELOADED = [
+    "transformers",
+    "peft",
+    "deepspeed",
+    "rayrlhf.actors.policy",
+    "rayrlhf.actors.preference",
+    "tests.support.frozen",
+]
 
 
 def _serve(world: World, connection: Connection) -> None:

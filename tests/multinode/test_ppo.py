@@ -29,7 +29,11 @@ ON_FOUR_NODES = [
     "cluster.placement=[[policy, critic, reference]]",
     "policy.ranks=2",
     "policy.zero_stage=3",
+    "critic.ranks=2",
+    "critic.zero_stage=2",
+    "reference.ranks=2",
     "rollout.engines=2",
+    "rollout.assignment=least_loaded",
     "cluster.start_timeout_s=500",
 ]
 
