@@ -83,6 +83,17 @@ class Advice:
             return f"what would help, though it isn't enough: {_shown(change)}; more GPUs, or a smaller model"
         return "what would do: more GPUs, or a smaller model"
 
+    def for_cache(self, firsts: Iterable[Change]) -> str:
+        """What would do where an engine has no room for one sequence; on CPUs, whatever other memory there is.
+
+        Args:
+            firsts: changes one of which is needed in any case.
+        """
+        needed = list(firsts)
+        if does := [change for change in needed if self._does(change)]:
+            return f"what would do: {', or '.join(map(_shown, does[:MOST_NAMED]))}"
+        return self.for_memory(needed)
+
     def for_placement(self) -> str:
         """What would do where roles can't be placed."""
         ways = [*self._ways(), self._all_smaller()]
