@@ -28,6 +28,7 @@ from rayrlhf.config.schema import SamplerConfig
 from rayrlhf.config.trainers import LoraConfig
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.models.world import World
+from rayrlhf.planning.memory import cache_bytes
 from rayrlhf.weights import Address, Manifest, PeerFailed
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VllmEngine", "kv_cache_bytes"]
 
-CPU_BLOCK = 128
-"""Tokens of one block of the KV cache on a CPU."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks for which vLLM makes room."""
 DEATH_SECONDS = 2.0
@@ -385,9 +384,7 @@ def kv_cache_bytes(model: Any, config: SamplerConfig, dtype: str, max_model_toke
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = config.tensor_parallel
     token = 2 * text.num_hidden_layers * max(1, heads // size) * head_dim * getattr(torch, dtype).itemsize
-    block = token * CPU_BLOCK
-    sequence = -(-max_model_tokens // CPU_BLOCK) * block
-    least = sequence + block  # vLLM keeps one block to itself
+    least = cache_bytes(1, max_model_tokens, token)
     if config.kv_cache_gib is not None:
         given = int(config.kv_cache_gib * 2**30) // size
         if given < least:
@@ -396,7 +393,7 @@ def kv_cache_bytes(model: Any, config: SamplerConfig, dtype: str, max_model_toke
                 f"{size * least / 2**30:.4f} GiB"
             )
         return given
-    return max(least, min(config.max_num_seqs * sequence + block, _free_memory() // 4 // size))
+    return max(least, min(cache_bytes(config.max_num_seqs, max_model_tokens, token), _free_memory() // 4 // size))
 
 
 def _free_memory() -> int:

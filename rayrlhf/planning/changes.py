@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from rayrlhf.config.derive import longest_of
+from rayrlhf.config.jobs import ModelEvaluationConfig
 from rayrlhf.config.rules import broken_rules
 from rayrlhf.planning.claims import assumed_machines, claims_of, machines_of, started_roles
 from rayrlhf.planning.dimensions import odd_sizes, other_problems
@@ -82,6 +84,17 @@ class Advice:
         if change:
             return f"what would help, though it isn't enough: {_shown(change)}; more GPUs, or a smaller model"
         return "what would do: more GPUs, or a smaller model"
+
+    def for_cache(self, firsts: Iterable[Change]) -> str:
+        """What would do where an engine has no room for one sequence; on CPUs, whatever other memory there is.
+
+        Args:
+            firsts: changes one of which is needed in any case.
+        """
+        needed = list(firsts)
+        if does := [change for change in needed if self._does(change)]:
+            return f"what would do: {', or '.join(map(_shown, does[:MOST_NAMED]))}"
+        return self.for_memory(needed)
 
     def for_placement(self) -> str:
         """What would do where roles can't be placed."""
@@ -185,10 +198,9 @@ class Advice:
         for role in ("policy", "critic"):
             if hasattr(getattr(config, role, None), "zero_stage"):
                 yield from _trainer_savers(config, role)
-        for role in ("reference", "reward"):
-            section: Any = getattr(config, role, None)
-            if role in started_roles(config) and getattr(section, "zero_stage", 3) == 0 and section.ranks > 1:
-                yield {f"{role}.zero_stage": 3}
+        for key, section in _frozen(config).items():
+            if section.zero_stage == 0 and section.ranks > 1:
+                yield {f"{key}.zero_stage": 3}
         if hasattr(config, "rollout"):
             rollout = config.rollout
             if rollout.kv_cache_gib is None:
@@ -197,6 +209,8 @@ class Advice:
             if getattr(rollout, "weight_bucket_mib", 0) > 256:
                 yield {"rollout.weight_bucket_mib": 256}
             yield {"rollout.tensor_parallel": 2 * rollout.tensor_parallel}
+        if config.cluster.device == "cuda":
+            yield from _parameters_away(config)
 
     def _left_for_engines(self, config: Any) -> Iterator[Change]:
         """The share of a GPU that others leave for an engine when it is built, where it asks for more."""
@@ -243,8 +257,27 @@ class Advice:
                     yield change
 
 
+def _frozen(config: Any) -> dict[str, Any]:
+    """The sections of models that nothing trains, by their keys. An evaluation has one for its models and their reference."""
+    roles = {"reference": "reference", "reward": "reward"}
+    if isinstance(config, ModelEvaluationConfig):
+        roles = {"measure": "reference", "scores": "scores"}
+    started = started_roles(config)
+    return {key: getattr(config, key) for key, role in roles.items() if role in started}
+
+
+def _parameters_away(config: Any) -> Iterator[Change]:
+    """Parameters in host memory. One rank alone has nothing else of ZeRO-3; several may have enough of it without."""
+    trained = {role: getattr(config, role, None) for role in ("policy", "critic")}
+    for key, section in {**trained, **_frozen(config)}.items():
+        if getattr(section, "offload_parameters", "") == "none" and (section.zero_stage == 3 or section.ranks == 1):
+            stage = {} if section.zero_stage == 3 else {f"{key}.zero_stage": 3}
+            yield {**stage, f"{key}.offload_parameters": "cpu"}
+
+
 def _trainer_savers(config: Any, role: str) -> Iterator[Change]:
-    section, longest = getattr(config, role), longest_sample(config)
+    section = getattr(config, role)
+    longest = longest_of(config, role)[0] if hasattr(config, "training") else longest_sample(config)
     if not section.gradient_checkpointing:
         yield {f"{role}.gradient_checkpointing": True}
     if section.zero_stage < 3 and section.ranks > 1 and section.tensor_parallel == 1:

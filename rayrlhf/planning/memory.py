@@ -21,9 +21,11 @@ __all__ = [
     "ENGINE_WORKSPACE",
     "HOST_PROCESS",
     "HOST_PROCESS_CPU",
+    "KV_BLOCK",
     "PARTS",
     "WORKSPACE",
     "ModelBytes",
+    "cache_bytes",
     "engine_backup_bytes",
     "engine_bytes",
     "forward_bytes",
@@ -43,6 +45,8 @@ WORKSPACE = GIB // 2
 """Assumed: what a process that computes takes besides its tensors (cuBLAS, NCCL's buffers, fragments between blocks)."""
 ENGINE_WORKSPACE = 2 * GIB
 """Assumed: what an engine of vLLM takes besides weights and KV cache (activations of one step, CUDA graphs)."""
+KV_BLOCK = 128
+"""Tokens of a block of vLLM's KV cache on a CPU, and at most of one on a GPU, where most models have 16."""
 HOST_PROCESS = GIB
 """Assumed: host memory of each process that works on a GPU, by itself (torch, CUDA's and Python's libraries)."""
 HOST_PROCESS_CPU = 640 * 2**20
@@ -280,6 +284,12 @@ def engine_bytes(shape: Shape, dtype: str, tensor_parallel: int) -> int:
     weights, size = shape.weights(), itemsize_of(dtype)
     vectors = numel(w for w in weights if len(w.shape) == 1)
     return size * ((numel(weights) - vectors) // tensor_parallel + vectors)
+
+
+def cache_bytes(sequences: int, tokens: int, token_bytes: int, block: int = KV_BLOCK) -> int:
+    """A KV cache with room for so many sequences of so many tokens, each in whole blocks, and the block that vLLM keeps to itself
+    (`BlockPool` in vllm/v1/core/block_pool.py)."""
+    return (sequences * -(-tokens // block) + 1) * block * token_bytes
 
 
 def engine_backup_bytes(shape: Shape, dtype: str, tensor_parallel: int) -> int:

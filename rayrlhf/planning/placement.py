@@ -333,7 +333,8 @@ def _one_share(claims: Sequence[Claim], sharing: Sharing, machines: Sequence[Mac
 
 
 def count_key(role: str, claims: Sequence[Claim]) -> str:
-    """The key with the number of a role's processes. An evaluation has one for the model that it measures and its reference."""
-    if role == "model" or role == "reference" and any(claim.role == "model" for claim in claims):
+    """The key with the number of a role's processes. An evaluation, which alone has a reference but no policy, has one for the
+    model that it measures and its reference."""
+    if role == "model" or role == "reference" and all(claim.role != "policy" for claim in claims):
         return "measure.ranks"
     return "rollout.engines" if role == "rollout" else f"{role}.ranks"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -68,9 +68,10 @@ def make_plan(config: JobConfig, *, online: bool = True) -> Plan:
     if placement is not None:
         transfer, usage = placed(config, known, placement)
         notes += _placement_notes(config, placement, assumed)
-        tight = [*_memory_problems(config, known, placement, usage)]
+        no_cache, too_much = _memory_problems(config, known, placement, usage)
+        problems += no_cache
         # On CPUs the estimate adds up peaks that needn't come at the same time.
-        (problems if config.cluster.device == "cuda" else notes).extend(tight)
+        (problems if config.cluster.device == "cuda" else notes).extend(too_much)
     return Plan(config, plan_rows(config), claims, known, placement, assumed, transfer, usage, problems, _once(notes))
 
 
@@ -105,7 +106,8 @@ def memory_notes(config: JobConfig) -> list[str]:
         placement = place(claims_of(config), config.cluster.placement, machines)
     except DoesNotFitError:
         return []
-    return [*_memory_problems(config, known, placement, placed(config, known, placement)[1])]
+    no_cache, too_much = _memory_problems(config, known, placement, placed(config, known, placement)[1])
+    return [*no_cache, *too_much]
 
 
 def _size_problems(config: Any, known: Known) -> list[str]:
@@ -119,12 +121,16 @@ def _unplaced(config: Any, known: Known, refused: DoesNotFitError) -> str:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _memory_problems(config: Any, known: Known, placement: Placement, usage: Usage) -> Iterator[str]:
-    tight = next((engine for engine in usage.engines if engine.sequences == 0), None)
-    first = [] if tight is None else [*_larger_caches(config, known, placement, tight)]
-    help_once = cache(lambda: Advice(config, known).for_memory(first))
-    if tight is not None:
-        yield f"{_no_room_for_cache(config, placement, tight)}; {help_once()}"
+def _memory_problems(config: Any, known: Known, placement: Placement, usage: Usage) -> tuple[list[str], Iterator[str]]:
+    """Engines without room for one sequence, which no device lets start; and memory of which too much is needed."""
+    tight = min((e for e in usage.engines if e.sequences == 0), key=lambda e: e.kv_cache, default=None)
+    first = [] if tight is None else [*_larger_caches(config, known, tight)]
+    advice = Advice(config, known)
+    no_cache = [] if tight is None else [f"{_no_room_for_cache(config, tight)}; {advice.for_cache(first)}"]
+    return no_cache, _too_much(config, placement, usage, cache(lambda: advice.for_memory(first)))
+
+
+def _too_much(config: Any, placement: Placement, usage: Usage, help_once: Callable[[], str]) -> Iterator[str]:
     for gpus in _alike(usage.gpus):
         phase, peak = gpus[0].peak
         limit = gpus[0].limit
@@ -162,19 +168,19 @@ def _no_room_for_engine(config: Any, gpus: list[GpuUsage], placement: Placement,
     )
 
 
-def _cache_needs(config: Any, placement: Placement, engine: EngineBytes) -> tuple[int, int]:
+def _cache_needs(engine: EngineBytes) -> tuple[int, int]:
     """What an engine needs on a GPU for one sequence, and the GPU's memory: as much, where that isn't known."""
-    need = engine.weights + engine.workspace + engine.sequence
-    return need, placement.machines[placement.of("rollout")[0].machine].gpu_memory_bytes or need
+    need = engine.weights + engine.workspace + engine.least
+    return need, engine.gpu_memory or need
 
 
-def _larger_caches(config: Any, known: Known, placement: Placement, engine: EngineBytes) -> Iterator[Change]:
+def _larger_caches(config: Any, known: Known, engine: EngineBytes) -> Iterator[Change]:
     """Changes with which an engine has a KV cache for one sequence at least."""
     rollout = config.rollout
     if rollout.kv_cache_gib is not None:
-        yield {"rollout.kv_cache_gib": math.ceil(1000 * engine.sequence * rollout.tensor_parallel / GIB) / 1000}
+        yield {"rollout.kv_cache_gib": math.ceil(1000 * engine.least * rollout.tensor_parallel / GIB) / 1000}
         return
-    need, memory = _cache_needs(config, placement, engine)
+    need, memory = _cache_needs(engine)
     if need < memory:
         yield {"rollout.gpu_memory_fraction": math.ceil(100 * need / memory) / 100}
     for size in known.models["rollout"][0].shape.engine_sizes(8):
@@ -182,20 +188,20 @@ def _larger_caches(config: Any, known: Known, placement: Placement, engine: Engi
             yield {"rollout.tensor_parallel": size}
 
 
-def _no_room_for_cache(config: Any, placement: Placement, engine: EngineBytes) -> str:
+def _no_room_for_cache(config: Any, engine: EngineBytes) -> str:
     rollout = config.rollout
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     if rollout.kv_cache_gib is not None:
-        least = engine.sequence * rollout.tensor_parallel / GIB
+        least = engine.least * rollout.tensor_parallel / GIB
         return (
             f"rollout.kv_cache_gib: found {rollout.kv_cache_gib:g}, but one sequence of {longest} tokens needs"
             f" {least:.4g} GiB"
         )
-    need, memory = _cache_needs(config, placement, engine)
+    need, memory = _cache_needs(engine)
     return (
         f"rollout.gpu_memory_fraction: found {rollout.gpu_memory_fraction:g} of {memory / GIB:.1f} GiB, but an engine's weights"
         f" ({engine.weights / GIB:.1f}), its workspace ({engine.workspace / GIB:.1f}) and one sequence of {longest} tokens"
-        f" ({engine.sequence / GIB:.2f}) need {need / GIB:.1f} GiB on each of its GPUs"
+        f" ({engine.least / GIB:.2f}) need {need / GIB:.1f} GiB on each of its GPUs"
     )
 
 

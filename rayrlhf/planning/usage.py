@@ -16,7 +16,9 @@ from rayrlhf.planning.memory import (
     ENGINE_WORKSPACE,
     HOST_PROCESS,
     HOST_PROCESS_CPU,
+    KV_BLOCK,
     WORKSPACE,
+    cache_bytes,
     engine_backup_bytes,
     engine_bytes,
     itemsize_of,
@@ -33,8 +35,8 @@ Parts = Counter[str]
 START = "start"
 """The phase before the first one: models are read, and roles built."""
 
-BLOCK = {"cuda": 16, "cpu": 128}
-"""Tokens of a block of vLLM's KV cache."""
+BLOCK = {"cuda": 16, "cpu": KV_BLOCK}
+"""Tokens of a block of vLLM's KV cache, for most models."""
 
 
 def phases_of(config: Any) -> dict[str, dict[str, Level]]:
@@ -73,10 +75,12 @@ class EngineBytes:
     workspace: int
     backup: int
     """Host memory for its weights while it sleeps, at most."""
-    sequence: int
-    """KV cache of the longest sequence."""
+    least: int
+    """KV cache with which one of the longest sequences fits."""
     sequences: int
     """How many of the longest sequences fit, at most ``rollout.max_num_seqs`` are decoded at a time."""
+    gpu_memory: int | None
+    """Of the GPU; None where it isn't known, or there is none."""
 
 
 def engine_of(config: Any, known: Known, gpu_memory: int | None) -> EngineBytes | None:
@@ -96,18 +100,21 @@ def engine_of(config: Any, known: Known, gpu_memory: int | None) -> EngineBytes 
     shape = max((model.shape for model in models), key=lambda shape: shape.parameters())
     weights = engine_bytes(shape, dtype, tp)
     workspace = ENGINE_WORKSPACE if cuda and rollout.engine == "vllm" else 0
-    block = BLOCK[config.cluster.device]
+    # A size that is given is refused by the role, which knows no GPU's blocks: `rayrlhf.actors.rollout_vllm.kv_cache_bytes`.
+    block = BLOCK[config.cluster.device] if rollout.kv_cache_gib is None else KV_BLOCK
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-    sequence = -(-longest // block) * block * shape.kv_bytes_per_token(itemsize_of(dtype), tp)
+    token = shape.kv_bytes_per_token(itemsize_of(dtype), tp)
+    least = cache_bytes(1, longest, token, block)
     if rollout.kv_cache_gib is not None:
         # The whole engine's, spread over its GPUs.
         cache = int(rollout.kv_cache_gib * 2**30) // tp
     elif cuda and gpu_memory is not None and rollout.engine == "vllm":
         cache = int(rollout.gpu_memory_fraction * gpu_memory) - weights - workspace
     else:
-        cache = rollout.max_num_seqs * sequence
+        cache = cache_bytes(rollout.max_num_seqs, longest, token, block)
     backup = engine_backup_bytes(shape, dtype, tp)
-    return EngineBytes(weights, cache, workspace, backup, sequence, max(0, cache) // sequence)
+    sequences = max(0, cache - block * token) // (least - block * token)
+    return EngineBytes(weights, cache, workspace, backup, least, sequences, gpu_memory if cuda else None)
 
 
 # -- devices ----------------------------------------------------------------------------------------------------------
@@ -165,7 +172,7 @@ class Usage:
     """None where models run on CPUs."""
     hosts: tuple[HostUsage, ...]
     engines: tuple[EngineBytes, ...]
-    """By kind of GPU that engines have."""
+    """By kind of GPU that engines have; one on CPUs."""
 
 
 @dataclass
@@ -184,6 +191,11 @@ class _Run:
     """The roles of each start, in the order in which those that share GPUs are built."""
     engines: dict[int | None, EngineBytes | None]
     """By the memory of their GPUs."""
+
+    @property
+    def inline(self) -> bool:
+        """Whether all roles are one process."""
+        return self.config.cluster.executor == "inline"
 
     def level(self, role: str, phase: str) -> Level:
         """What a role has on its device in a phase: all where it has the device to itself."""
@@ -206,8 +218,7 @@ def usage_of(config: Any, known: Known, placement: Placement, transfer: Transfer
     cluster = config.cluster
     needed = phases_of(config)
     turns = _turns(needed, placement) if cluster.device == "cuda" and cluster.offload_idle else {}
-    inline = cluster.executor == "inline"
-    starts = [roles if inline else roles[::-1] for roles in starts_of(config)]
+    starts = [roles if cluster.executor == "inline" else roles[::-1] for roles in starts_of(config)]
     run = _Run(config, known, placement, transfer, held, needed, turns, starts, {})
     gpus: list[GpuUsage] = []
     if config.cluster.device == "cuda":
@@ -223,7 +234,8 @@ def usage_of(config: Any, known: Known, placement: Placement, transfer: Transfer
             if key not in same:
                 same[key] = _phases_on_gpu(run, sitting)
             gpus.append(GpuUsage(m, gpu, roles, placement.machines[m].gpu_memory_bytes, *same[key]))
-    used = dict.fromkeys(placement.machines[seat.machine] for seat in placement.of("rollout"))
+    seated = [placement.machines[seat.machine] for seat in placement.of("rollout")]
+    used = dict.fromkeys(seated or placement.machines[:1])
     engines = dict.fromkeys(engine for machine in used if (engine := run.engine(machine)) is not None)
     return Usage(tuple(gpus), tuple(_hosts(run)), tuple(engines))
 
@@ -254,17 +266,17 @@ def _phases_on_gpu(run: _Run, sitting: Sequence[Seat]) -> tuple[dict[str, Parts]
             before_engine = sum(others.values())
         moment = others + _built(run, seat)
         start = max(start, moment, key=lambda parts: sum(parts.values()))
-    phases = {phase: sum((_on_gpu(run, s, phase) for s in sitting), Counter()) for phase in run.phases}
-    return {START: start, **phases}, before_engine
+    return {START: start, **{phase: _in_phase(run, sitting, phase) for phase in run.phases}}, before_engine
 
 
 def _builds(run: _Run, seats: Mapping[str, Seat]) -> Iterator[tuple[Seat, Parts]]:
-    """The processes on a GPU in the order in which they are built, each with what the earlier ones have there then.
+    """The roles on a GPU in the order in which they are built, each with what the earlier ones have there then.
 
     On Ray each leaves before the next one is built; inline they stay, but for what an evaluation starts first: that leaves
-    before a model's own roles are built.
+    before a model's own roles are built. Of the process inline nothing is counted here, as it is also that of the role built.
     """
     offloads = run.config.cluster.offload_idle and len(seats) > 1
+    by_itself = Counter({"other": 0 if run.inline else CONTEXT})
     left: Parts = Counter()
     for roles in run.starts:
         staying: Parts = Counter()
@@ -272,15 +284,15 @@ def _builds(run: _Run, seats: Mapping[str, Seat]) -> Iterator[tuple[Seat, Parts]
             if role not in seats:
                 continue
             yield seats[role], left + staying
-            stays = not offloads or run.config.cluster.executor == "inline"
-            staying += _kept(run, seats[role]) if stays else Counter({"other": CONTEXT})
-        count = sum(role in seats for role in roles)
-        left += Counter({"other": CONTEXT * count}) if offloads else staying
+            staying += by_itself
+            if not offloads or run.inline:
+                staying += _kept(run, seats[role])
+        left += sum((by_itself for role in roles if role in seats), Counter()) if offloads else staying
 
 
 def _kept(run: _Run, seat: Seat) -> Parts:
-    """What a process has on a GPU while it doesn't work and everything of it is there."""
-    parts = Counter({"other": CONTEXT})
+    """What a role has on a GPU while it doesn't work and everything of it is there, beside its process."""
+    parts: Parts = Counter()
     if seat.role == "rollout":
         engine = run.engine(run.placement.machines[seat.machine])
         if engine is not None:
@@ -295,18 +307,28 @@ def _kept(run: _Run, seat: Seat) -> Parts:
 
 
 def _built(run: _Run, seat: Seat) -> Parts:
-    """What a process has on a GPU at the end of its construction, at most: everything, and under ZeRO-3 the parameters that its
-    first forwards gather."""
+    """What a role and its process have on a GPU at the end of its construction, at most: everything, and under ZeRO-3 the
+    parameters that its first forwards gather."""
     held = run.held.get(seat.role)
     gathered = 0 if held is None else held.states.forward_buffers
-    return _kept(run, seat) + Counter({"other": WORKSPACE, "buffers": gathered})
+    return _kept(run, seat) + Counter({"other": CONTEXT + WORKSPACE, "buffers": gathered})
+
+
+def _in_phase(run: _Run, sitting: Sequence[Seat], phase: str) -> Parts:
+    """The bytes on a GPU in a phase, with those that its processes take by being there and by working."""
+    working = sum(seat.role in run.phases[phase] for seat in sitting)
+    processes = len(sitting)
+    if run.inline:
+        working, processes = min(1, working), 1
+    parts = Counter({"other": CONTEXT * processes + WORKSPACE * working})
+    return sum((_on_gpu(run, seat, phase) for seat in sitting), parts)
 
 
 def _on_gpu(run: _Run, seat: Seat, phase: str) -> Parts:
-    """What one process has on one of its GPUs in a phase."""
+    """What one role has on one of its GPUs in a phase, beside its process."""
     level = run.level(seat.role, phase)
     works = seat.role in run.phases[phase]
-    parts = Counter({"other": CONTEXT + (WORKSPACE if works else 0)})
+    parts: Parts = Counter()
     if phase == "transfer" and works:
         parts["transfer"] = _transfer_buffers(run, seat)
     if seat.role == "rollout":
@@ -352,8 +374,9 @@ def _transfer_buffers(run: _Run, seat: Seat) -> int:
 
 
 def _hosts(run: _Run) -> list[HostUsage]:
-    """Host memory of each machine: each process by itself, what is offloaded, idle states, buckets of a transfer over host
-    memory; and in the start the whole copy of its model that each rank reads, unless ZeRO-3 spreads it as it is read."""
+    """Host memory of each machine: each process by itself (inline they are one), what is offloaded, idle states, buckets of a
+    transfer over host memory; and in the start the whole copy of its model that each rank reads, unless ZeRO-3 spreads it as
+    it is read."""
     machines = run.placement.machines
     held: list[dict[str, Counter[str]]] = [{} for _ in machines]
     same: dict[Any, Parts] = {}
@@ -367,6 +390,8 @@ def _hosts(run: _Run) -> list[HostUsage]:
                 if key not in same:
                     same[key] = _in_host(run, role, rank, machines[m])
                 held[m].setdefault(role, Counter()).update(same[key])
+                if run.inline and len(held[m]) > 1:
+                    del held[m][role]["processes"]
     pools = [pool.roles for pool in run.placement.pools]
     return [
         HostUsage(m, machine.memory_bytes, {START: _start_in_host(run, held[m], pools), "run": _run_in_host(held[m])})
@@ -387,7 +412,6 @@ def _start_in_host(run: _Run, held: Mapping[str, Parts], pools: Sequence[Sequenc
 
     What one reads is gone from host memory when its states are elsewhere, there or on its GPU.
     """
-    inline = run.config.cluster.executor == "inline"
     total: Parts = Counter({"processes": sum(parts["processes"] for parts in held.values())})
     queues = [[role for roles in run.starts for role in roles if role in pool] for pool in pools]
     queues += [[role] for role in held if not any(role in queue for queue in queues)]
@@ -397,7 +421,7 @@ def _start_in_host(run: _Run, held: Mapping[str, Parts], pools: Sequence[Sequenc
         for role in queue:
             parts = held.get(role, Counter())
             stays = Counter({part: parts[part] for part in ("models", "offloaded", "pinning")})
-            stays += Counter({"idle": 0 if inline else parts["idle"]})
+            stays += Counter({"idle": 0 if run.inline else parts["idle"]})
             for moment in (before + Counter({"loading": parts["loading"]}), before + stays):
                 worst = max(worst, moment, key=lambda found: sum(found.values()))
             before += stays

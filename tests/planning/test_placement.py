@@ -75,6 +75,8 @@ def test_an_engine_stays_on_one_machine():
         ([Claim("rollout", 2, 2)], "colocated", (3, 1), ["keeps each engine on one machine", "rollout.engines at most 1", "rollout.tensor_parallel 1"]),
         ([Claim("policy", 4, 1)], "colocated", (), ["found no GPUs", "a machine of 4 GPUs"]),
         ([Claim("rollout", 1, 1), Claim("model", 4, 1), Claim("reference", 4, 1)], "disaggregated", (5,), ["4 too few", "measure.ranks at most 2"]),
+        ([Claim("rollout", 1, 1), Claim("reference", 4, 1)], "colocated", (2,), ["2 too few", "do: measure.ranks at most 2, or"]),
+        ([Claim("policy", 1, 1), Claim("reference", 4, 1)], "colocated", (2,), ["2 too few", "do: reference.ranks at most 2, or"]),
         ([Claim("policy", 16, 1), Claim("rollout", 16, 1)], "disaggregated", (8,), ["24 too few", "3 more machines of 8 GPUs"]),
     ],
 )  # fmt: skip
