@@ -18,7 +18,9 @@ __all__ = [
     "data_ranks",
     "derive",
     "derive_offline",
+    "generated_lengths",
     "guard_actions",
+    "lengths_of",
     "longest_of",
     "needs_gpu",
     "needs_reference",
@@ -175,6 +177,37 @@ def derive(config: Config) -> Derived:
         shares=_shares(config, samples, longest),
         processes=processes,
     )
+
+
+# -- lengths ----------------------------------------------------------------------------------------------------
+
+
+def generated_lengths(config: JobConfig) -> dict[str, int]:
+    """The longest sequences of an engine, in tokens, prompt and response together, by the keys that they come from.
+
+    Those of a configuration with ``rollout``.
+    """
+    run: Any = config
+    response = run.rollout.max_response_tokens
+    lengths = {"data.max_prompt_tokens + rollout.max_response_tokens": run.data.max_prompt_tokens + response}
+    if config.algorithm != "critique":
+        return lengths
+    asked = run.critique.max_input_tokens
+    questions = {
+        "critique.max_input_tokens + critique.max_critique_tokens": asked + run.critique.max_critique_tokens,
+        "critique.max_input_tokens + rollout.max_response_tokens": asked + response,
+    }
+    # Responses that are given aren't sampled.
+    return questions | (lengths if run.data.response_column is None else {})
+
+
+def lengths_of(config: JobConfig) -> dict[str, int]:
+    """The longest sequences of a run, in tokens, by the keys that they come from: its models must read them."""
+    run: Any = config
+    if config.algorithm not in ("sft", "reward_model", "dpo"):
+        return generated_lengths(config)
+    sampled = generated_lengths(config) if config.algorithm == "dpo" and run.guard.kl_prompts else {}
+    return {"data.max_tokens": run.data.max_tokens, **sampled}
 
 
 # -- training on examples ---------------------------------------------------------------------------------------

@@ -133,11 +133,11 @@ def _length_penalty_applies(config: Config) -> Iterator[Violation]:
 # -- models -----------------------------------------------------------------------------------------------------
 
 
-@rule(*_MODEL_ROLES, of=TRAINED)
-def _flash_attention_runs(config: TrainedRoot, role: str) -> Iterator[Violation]:
+@rule(*_MODEL_ROLES, "reward", of=(*TRAINED, SamplingConfig))
+def _flash_attention_runs(config: TrainedRoot | SamplingConfig, role: str) -> Iterator[Violation]:
     """`attention: flash_attention_2` needs `dtype: bfloat16` and `cluster.device: cuda`."""
     section = getattr(config, role)
-    if section is None or section.attention != "flash_attention_2":
+    if getattr(section, "attention", None) != "flash_attention_2":
         return
     wrong = [f"{role}.dtype {section.dtype}"] if section.dtype != "bfloat16" else []
     wrong += [f"cluster.device {config.cluster.device}"] if config.cluster.device != "cuda" else []
@@ -148,11 +148,11 @@ def _flash_attention_runs(config: TrainedRoot, role: str) -> Iterator[Violation]
         )
 
 
-@rule(*_MODEL_ROLES, "reward", of=TRAINED)
-def _varlen_has_a_kernel(config: TrainedRoot, role: str) -> Iterator[Violation]:
+@rule(*_MODEL_ROLES, "reward", of=(*TRAINED, SamplingConfig))
+def _varlen_has_a_kernel(config: TrainedRoot | SamplingConfig, role: str) -> Iterator[Violation]:
     """`attention: varlen` on `cluster.device: cuda` needs `dtype: bfloat16`."""
     section = getattr(config, role)
-    if section is None or section.attention != "varlen":
+    if getattr(section, "attention", None) != "varlen":
         return
     if config.cluster.device == "cuda" and section.dtype != "bfloat16":
         yield Violation(

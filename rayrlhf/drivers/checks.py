@@ -12,10 +12,19 @@ from transformers import PretrainedConfig
 
 from rayrlhf.config import load_config
 from rayrlhf.config.base import JobConfig, RunConfig
+from rayrlhf.config.derive import lengths_of
 from rayrlhf.config.schema import SamplerConfig
 from rayrlhf.errors import InputRefused
 
-__all__ = ["Problems", "check_length", "check_packages", "check_run_dir", "check_vocabulary", "vocabulary"]
+__all__ = [
+    "Problems",
+    "check_length",
+    "check_lengths",
+    "check_packages",
+    "check_run_dir",
+    "check_vocabulary",
+    "vocabulary",
+]
 
 T = TypeVar("T")
 
@@ -109,3 +118,9 @@ def check_length(keys: str, wanted: int, path: str, model: PretrainedConfig) -> 
     longest = getattr(model.get_text_config(), "max_position_embeddings", None)
     if longest is not None and wanted > longest:
         raise InputRefused(f"{keys} is {wanted}, but {path} reads at most {longest} tokens")
+
+
+def check_lengths(config: JobConfig, path: str, model: PretrainedConfig, problems: Problems) -> None:
+    """Note what of a run's sequences is longer than what the model reads."""
+    for keys, wanted in lengths_of(config).items():
+        problems.check(check_length, keys, wanted, path, model)

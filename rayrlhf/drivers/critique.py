@@ -137,7 +137,7 @@ def critique_responses(config: CritiqueConfig, console: Console | None = None) -
         console.print(note, highlight=False, markup=False)
     with (
         whole_files(config, OUTPUTS) as files,
-        started(config, job_specs(prepared, max(_lengths(config).values())), warner(console)) as groups,
+        started(config, job_specs(prepared), warner(console)) as groups,
     ):
         summary = _all(_Model(prepared, Sampler(config, groups)), words, files, console)
     _tell(summary, config, console)
@@ -159,23 +159,9 @@ def _prepared(config: CritiqueConfig) -> tuple[PreparedJob, _Words]:
         read_prompt, "critique.critique_prompt", critique.critique_prompt, CRITIQUE_PROMPT, CRITIQUE_PLACES, VERDICTS
     )
     revise = problems.check(read_prompt, "critique.revise_prompt", critique.revise_prompt, REVISE_PROMPT, REVISE_PLACES)
-    prepared = prepare_job(
-        config, problems, OUTPUTS, _lengths(config), lambda prompts: _check_responses(config, prompts)
-    )
+    prepared = prepare_job(config, problems, OUTPUTS, lambda prompts: _check_responses(config, prompts))
     assert principles is not None and asked is not None and revise is not None  # otherwise all was refused
     return prepared, _Words(principles, asked, revise)
-
-
-def _lengths(config: CritiqueConfig) -> dict[str, int]:
-    """The longest sequences, in tokens, by the keys that they come from."""
-    longest, response = config.critique.max_input_tokens, config.rollout.max_response_tokens
-    lengths = {
-        "critique.max_input_tokens + critique.max_critique_tokens": longest + config.critique.max_critique_tokens,
-        "critique.max_input_tokens + rollout.max_response_tokens": longest + response,
-    }
-    if config.data.response_column is None:
-        lengths["data.max_prompt_tokens + rollout.max_response_tokens"] = config.data.max_prompt_tokens + response
-    return lengths
 
 
 def _check_responses(config: CritiqueConfig, prompts: Sequence[Prompt]) -> None:

@@ -12,7 +12,7 @@ from rayrlhf.config.jobs import ComparedModel, JudgeConfig, ModelEvaluationConfi
 from rayrlhf.config.rules_evaluation import model_names
 from rayrlhf.data import Prompt
 from rayrlhf.data.prompts import load_all_prompts
-from rayrlhf.drivers.checks import Problems, check_length, check_packages, check_run_dir, vocabulary
+from rayrlhf.drivers.checks import Problems, check_length, check_lengths, check_packages, check_run_dir, vocabulary
 from rayrlhf.drivers.preflight import check_signatures, check_sources, open_model
 from rayrlhf.errors import InputRefused
 from rayrlhf.evaluation.judge import DEFAULT_TEMPLATE, OpenAIJudge
@@ -146,16 +146,10 @@ def _load(config: ModelEvaluationConfig, index: int, problems: Problems) -> _Loa
         role=key,
     )
     if opened.path is not None and opened.model is not None:
-        _check_room(config, opened.path, opened.model, problems)
+        check_lengths(config, opened.path, opened.model, problems)
     if len(problems.found) > before or opened.path is None or opened.tokenizer_path is None:
         return None
     return _Loaded(opened.path, opened.tokenizer_path, opened.tokenizer, opened.model)
-
-
-def _check_room(config: ModelEvaluationConfig, path: str, model: Any, problems: Problems) -> None:
-    """Whether a model reads the longest prompt with the longest response."""
-    wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    problems.check(check_length, "data.max_prompt_tokens + rollout.max_response_tokens", wanted, path, model)
 
 
 def _reference(config: ModelEvaluationConfig, loaded: list[_Loaded | None], problems: Problems) -> _Loaded | None:
@@ -173,7 +167,7 @@ def _reference(config: ModelEvaluationConfig, loaded: list[_Loaded | None], prob
     tokenizer = problems.check(load_tokenizer, path, trust_remote_code=trust)
     found = problems.check(load_model_config, path, trust_remote_code=trust)
     if found is not None:
-        _check_room(config, path, found, problems)
+        check_lengths(config, path, found, problems)
     return _Loaded(path, path, tokenizer, found) if len(problems.found) == before else None
 
 

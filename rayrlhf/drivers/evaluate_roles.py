@@ -11,6 +11,7 @@ import torch
 from rayrlhf.algorithms import segment_sum
 from rayrlhf.batch import Batch
 from rayrlhf.cluster import Group, Pending, RoleSpec
+from rayrlhf.config.derive import generated_lengths
 from rayrlhf.config.schema import SamplerConfig
 from rayrlhf.config.trainers import ModelConfig
 from rayrlhf.data import Prompt
@@ -72,7 +73,7 @@ def _specs(prepared: PreparedEvaluation, model: PreparedModel) -> list[RoleSpec]
     for name, path in models.items():
         arguments = {"config": frozen, "model_path": path}
         roles.append((name, "rayrlhf.actors.reference:ReferenceModel", measure.ranks, arguments))
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = max(generated_lengths(config).values())
     paths = model.path, model.tokenizer_path
     generator = Generator(config.rollout, *paths, longest, measure.dtype, measure.trust_remote_code)
     return specs_of(roles, config, generator)

@@ -20,7 +20,7 @@ from rayrlhf.config import dump_config
 from rayrlhf.config.base import JobConfig
 from rayrlhf.config.jobs import CritiqueConfig, SamplingConfig
 from rayrlhf.data import Prompt, load_all_prompts
-from rayrlhf.drivers.checks import Problems, check_length, check_packages, check_run_dir
+from rayrlhf.drivers.checks import Problems, check_lengths, check_packages, check_run_dir
 from rayrlhf.drivers.dispatch import responses
 from rayrlhf.drivers.experience import prompt_batch
 from rayrlhf.drivers.preflight import check_signatures, check_sources, open_model
@@ -53,7 +53,6 @@ def prepare_job(
     config: SamplingConfig | CritiqueConfig,
     problems: Problems,
     outputs: Sequence[str],
-    lengths: Mapping[str, int],
     check_prompts: Callable[[list[Prompt]], None] | None = None,
 ) -> PreparedJob:
     """Check everything that the work takes in, and load its prompts.
@@ -62,7 +61,6 @@ def prepare_job(
         config: the resolved configuration.
         problems: what was found before; all is told together.
         outputs: names of the files that are written into ``config.run_dir``.
-        lengths: the longest sequences in tokens, prompt and response together, by the keys that they come from.
         check_prompts: refuses prompts that can't be used.
 
     Raises:
@@ -85,8 +83,7 @@ def prepare_job(
         trust_remote_code=policy.trust_remote_code,
     )
     if opened.model is not None and opened.path is not None:
-        for keys, longest in lengths.items():
-            problems.check(check_length, keys, longest, opened.path, opened.model)
+        check_lengths(config, opened.path, opened.model, problems)
     loaded = None
     if opened.tokenizer is not None:
         loaded = problems.check(load_all_prompts, config.data, opened.tokenizer)

@@ -10,7 +10,7 @@ from typing import Any
 from rayrlhf.config.offline import PreferenceConfig, SFTConfig
 from rayrlhf.config.roots import OfflineConfig
 from rayrlhf.data import ExampleData, load_examples, load_labelled, load_pairs
-from rayrlhf.drivers.checks import Problems, check_length, check_packages, check_run_dir, check_vocabulary, vocabulary
+from rayrlhf.drivers.checks import Problems, check_lengths, check_packages, check_run_dir, check_vocabulary, vocabulary
 from rayrlhf.errors import InputRefused
 from rayrlhf.models.loading import load_config as load_model_config
 from rayrlhf.models.loading import to_model_folder
@@ -102,13 +102,9 @@ def _check_models(config: OfflineConfig, path: str, tokenizer: Any, problems: Pr
     if tokenizer is not None:
         problems.check(eos_token_ids, tokenizer, path)
         problems.check(check_vocabulary, "policy", path, model, tokenizer)
-    problems.check(check_length, "data.max_tokens", config.data.max_tokens, path, model)
+    check_lengths(config, path, model, problems)
     if not isinstance(config, PreferenceConfig):
         return
-    if config.guard.kl_prompts:
-        wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-        keys = "data.max_prompt_tokens + rollout.max_response_tokens"
-        problems.check(check_length, keys, wanted, path, model)
     other = config.reference.path if config.reference is not None else None
     reference = problems.check(load_model_config, other, trust_remote_code=trust) if other is not None else None
     if reference is not None and vocabulary(reference) != vocabulary(model):

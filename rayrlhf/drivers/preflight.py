@@ -14,7 +14,7 @@ from rayrlhf.actors.reward_http import check_service
 from rayrlhf.config import Config
 from rayrlhf.config.schema import ScoreSource
 from rayrlhf.data import Prompt, PromptData, load_prompts
-from rayrlhf.drivers.checks import Problems, check_length, check_packages, check_run_dir, check_vocabulary, vocabulary
+from rayrlhf.drivers.checks import Problems, check_lengths, check_packages, check_run_dir, check_vocabulary, vocabulary
 from rayrlhf.errors import InputRefused
 from rayrlhf.models.loading import load_config as load_model_config
 from rayrlhf.models.loading import to_model_folder
@@ -164,9 +164,7 @@ def _check_models(config: Config, opened: Opened, problems: Problems) -> None:
     policy, policy_path, tokenizer = opened.model, opened.path, opened.tokenizer
     if policy is None or policy_path is None:
         return
-    wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    keys = "data.max_prompt_tokens + rollout.max_response_tokens"
-    problems.check(check_length, keys, wanted, policy_path, policy)
+    check_lengths(config, policy_path, policy, problems)
     if config.critic is not None:
         critic = (
             policy

@@ -9,7 +9,7 @@ from rayrlhf.actors.reward import NamedSource
 from rayrlhf.actors.rollout import rollout_environment
 from rayrlhf.cluster import RoleSpec
 from rayrlhf.config.base import JobConfig
-from rayrlhf.config.derive import derive
+from rayrlhf.config.derive import derive, generated_lengths
 from rayrlhf.config.jobs import SamplingConfig
 from rayrlhf.config.offline import PreferenceConfig, RewardModelConfig
 from rayrlhf.config.rules import source_name
@@ -78,13 +78,8 @@ def reward_sources(config: Config | SamplingConfig) -> list[NamedSource]:
     return named if gold is None else [*named, NamedSource("gold", gold, None)]
 
 
-def job_specs(prepared: PreparedJob, longest: int) -> list[RoleSpec]:
-    """What generates, and for sampling what scores.
-
-    Args:
-        prepared: the inputs.
-        longest: prompt and response together, in tokens.
-    """
+def job_specs(prepared: PreparedJob) -> list[RoleSpec]:
+    """What generates, and for sampling what scores."""
     config = prepared.config
     roles: list[Wanted] = []
     if isinstance(config, SamplingConfig):
@@ -96,7 +91,7 @@ def job_specs(prepared: PreparedJob, longest: int) -> list[RoleSpec]:
         }
         roles.append(("reward", "rayrlhf.actors.reward:RewardScorer", config.reward.ranks, arguments))
     paths = prepared.model_path, prepared.tokenizer_path
-    policy = config.policy
+    policy, longest = config.policy, max(generated_lengths(config).values())
     return specs_of(roles, config, Generator(config.rollout, *paths, longest, policy.dtype, policy.trust_remote_code))
 
 
@@ -123,7 +118,7 @@ def offline_specs(prepared: PreparedExamples) -> list[RoleSpec]:
 
 def _trained_generator(config: Config | PreferenceConfig, model_path: str, tokenizer_path: str) -> Generator:
     """The engine of a policy that is trained."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = max(generated_lengths(config).values())
     policy, paths = config.policy, (model_path, tokenizer_path)
     lora = policy.lora if config.rollout.lora_transfer == "adapter" else None
     return Generator(config.rollout, *paths, longest, policy.dtype, policy.trust_remote_code, lora)

@@ -104,16 +104,14 @@ def sample_responses(config: SamplingConfig, console: Console | None = None) -> 
             ``unscored.jsonl`` where nothing got a score; it doesn't stand in the way of another attempt.
     """
     console = console or Console()
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    keys = "data.max_prompt_tokens + rollout.max_response_tokens"
-    prepared = prepare_job(config, Problems(), OUTPUTS, {keys: longest})
+    prepared = prepare_job(config, Problems(), OUTPUTS)
     render_plan(plan_rows(config), console)
     for note in prepared.notes:
         console.print(note, highlight=False, markup=False)
     tally, at_once = _Tally(), config.sampling.prompts_at_once
     with (
         whole_files(config, OUTPUTS, [UNSCORED]) as (summary, data, unscored),
-        started(config, job_specs(prepared, longest), warner(console)) as groups,
+        started(config, job_specs(prepared), warner(console)) as groups,
     ):
         sampler = Sampler(config, groups)
         starts = range(0, len(prepared.prompts), at_once)

@@ -89,6 +89,11 @@ def render_full_plan(plan: Plan, console: Console) -> None:
     if plan.transfer is not None:
         _transfer(plan, console)
     render_notes(plan.notes, console)
+    render_notes(
+        [str(model) for model in plan.known.unseen],
+        console,
+        title="Models that couldn't be looked at, so that nothing here says whether they work",
+    )
     render_notes(plan.problems, console, title="What can't work", style="red")
 
 

@@ -32,7 +32,7 @@ MOST_TRIED = 6
 
 def placed(config: Any, known: Known, placement: Placement) -> tuple[Transfer | None, Usage]:
     """The transfer and the bytes of a run whose roles are placed."""
-    policy = known.one("policy")
+    policy = None if "policy" in known.misfits else known.one("policy")
     transfer = transfer_of(config, policy.shape, placement) if sends_weights(config) and policy is not None else None
     return transfer, usage_of(config, known, placement, transfer)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rayrlhf.planning.models import Known, longest_sample
+from rayrlhf.config.derive import lengths_of
+from rayrlhf.config.jobs import ModelEvaluationConfig
+from rayrlhf.planning.models import Known
 
 __all__ = ["OddSize", "odd_sizes", "other_problems"]
 
@@ -31,7 +33,7 @@ def other_problems(config: Any, known: Known) -> list[str]:
 
 
 def _engine_sizes(config: Any, known: Known) -> Iterator[OddSize]:
-    for model in known.models.get("rollout", []):
+    for model in known.seen("rollout"):
         size = config.rollout.tensor_parallel
         legal = model.shape.engine_sizes(model.shape.heads)
         if size not in legal:
@@ -46,7 +48,7 @@ def _engine_sizes(config: Any, known: Known) -> Iterator[OddSize]:
 
 def _shared_heads(config: Any, known: Known) -> Iterator[OddSize]:
     for role in ("policy", "critic"):
-        model, section = known.one(role), getattr(config, role, None)
+        model, section = next(iter(known.seen(role)), None), getattr(config, role, None)
         if model is None or section is None:
             continue
         shape = model.shape
@@ -60,6 +62,13 @@ def _shared_heads(config: Any, known: Known) -> Iterator[OddSize]:
         }
         for name, numbers in divided.items():
             size = getattr(section, name, 1)
+            if name == "tensor_parallel" and size > 1 and shape.experts:
+                yield OddSize(
+                    f"{role}.{name}",
+                    f"{role}.{name}: found {size}, but {model.path} is a mixture of experts, whose weights ranks can't share",
+                    [1],
+                )
+                continue
             odd = [f"{number} {what}" for what, number in numbers.items() if number % size]
             if size > 1 and odd:
                 legal = [
@@ -74,19 +83,20 @@ def _shared_heads(config: Any, known: Known) -> Iterator[OddSize]:
 
 
 def _lengths(config: Any, known: Known) -> Iterator[str]:
-    model = known.one("policy") or known.one("rollout")
-    wanted = longest_sample(config)
-    if model is not None and model.shape.longest is not None and wanted > model.shape.longest:
-        keys = (
-            "data.max_tokens" if hasattr(config, "training") else "data.max_prompt_tokens + rollout.max_response_tokens"
-        )
-        yield f"{keys} is {wanted}, but {model.path} reads at most {model.shape.longest} tokens"
+    """Of the policy, or the model that answers; of an evaluation all that are compared, and the reference."""
+    models = known.seen("rollout", "reference")
+    if not isinstance(config, ModelEvaluationConfig):
+        models = known.seen("policy", "rollout")[:1]
+    for path, longest in {model.path: model.shape.longest for model in models}.items():
+        for keys, wanted in lengths_of(config).items():
+            if longest is not None and wanted > longest:
+                yield f"{keys} is {wanted}, but {path} reads at most {longest} tokens"
 
 
 def _layers(config: Any, known: Known) -> Iterator[str]:
-    model = known.one("critic")
-    if model is not None and model.layers is not None and model.layers > model.shape.layers:
-        yield f"critic.num_layers is {model.layers}, but {model.path} has {model.shape.layers} layers"
+    for model in known.seen("critic"):
+        if model.layers is not None and model.layers > model.shape.layers:
+            yield f"critic.num_layers is {model.layers}, but {model.path} has {model.shape.layers} layers"
 
 
 def _nearest(legal: list[int], size: int) -> list[int]:

@@ -18,6 +18,7 @@ def document(plan: Plan) -> dict[str, Any]:
     """The plan in plain values: bytes, seconds, counts. Its keys stay as they are; new ones may come.
 
     - ``version``, ``algorithm``, ``ok``, ``problems``, ``notes``: ``ok`` where there are no problems.
+    - ``unseen``: models that couldn't be looked at, of which ``ok`` says nothing: ``key``, ``path``, ``why``, ``counted_as``.
     - ``batch``: rows of ``section``, ``name``, ``value``, ``how``.
     - ``roles``: by role ``processes``, ``gpus_each``, and ``models`` with ``key``, ``path``, ``parameters``, ``source``.
     - ``placement``: ``assumed``, ``machines``, ``pools``, ``seats``; null where the roles can't be placed.
@@ -31,6 +32,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "version": VERSION,
         "algorithm": plan.config.algorithm,
         "ok": not plan.problems,
+        "unseen": [model._asdict() for model in plan.known.unseen],
         "problems": plan.problems,
         "notes": plan.notes,
         "batch": [row._asdict() for row in plan.rows],

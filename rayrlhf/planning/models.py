@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from rayrlhf.config.base import JobConfig
-from rayrlhf.config.derive import derive, derive_offline
+from rayrlhf.config.derive import derive, derive_offline, lengths_of
 from rayrlhf.config.jobs import ModelEvaluationConfig, SamplingConfig
 from rayrlhf.config.schema import Config, ScoreSource
 from rayrlhf.planning.claims import started_roles
@@ -15,7 +15,7 @@ from rayrlhf.planning.known import HubAwayError, NoSuchFolderError, NotKnownErro
 from rayrlhf.planning.memory import ModelBytes, forward_bytes, frozen_bytes, trained_bytes, training_bytes
 from rayrlhf.planning.shapes import Shape
 
-__all__ = ["HeldModels", "Known", "RoleModel", "known_models", "longest_sample"]
+__all__ = ["HeldModels", "Known", "RoleModel", "Unseen", "known_models", "longest_sample"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,23 @@ class RoleModel:
     shape: Shape
     head: str = "vocabulary"
     layers: int | None = None
+    counted_as: str | None = None
+    """The model whose dimensions these are, as this one can't be looked at."""
+
+
+class Unseen(NamedTuple):
+    """A model that couldn't be looked at: what a plan says holds without it."""
+
+    key: str
+    """Of the configuration, that names it."""
+    path: str
+    why: str
+    counted_as: str | None = None
+    """The model whose dimensions stand in for its own; None: its memory isn't planned."""
+
+    def __str__(self) -> str:
+        counted = "its memory isn't planned" if self.counted_as is None else f"counted as {self.counted_as}"
+        return f"{self.key}: {self.why}; {counted}"
 
 
 @dataclass
@@ -38,25 +55,32 @@ class Known:
     """By role. A role has several where it scores by several."""
     missing: list[str] = field(default_factory=list)
     """Messages about models that aren't there."""
-    unknown: list[str] = field(default_factory=list)
-    """Messages about models whose dimensions can't be had, and about those that stand in for others."""
+    unseen: list[Unseen] = field(default_factory=list)
+    """Models whose dimensions can't be had, or stand in for theirs."""
+    misfits: dict[str, str] = field(default_factory=dict)
+    """By role, messages about adapters of modules that its model doesn't have. No memory is planned for such a role."""
 
     def one(self, role: str) -> RoleModel | None:
         """A role's first model."""
         return next(iter(self.models.get(role, [])), None)
 
+    def seen(self, *roles: str) -> list[RoleModel]:
+        """The models of roles, without those for which others stand in: of these nothing is known that could be wrong."""
+        return [model for role in roles for model in self.models.get(role, []) if model.counted_as is None]
+
 
 def known_models(config: JobConfig, *, online: bool = True) -> Known:
     """The dimensions of every model of a run.
 
-    A model that is still to be trained (there is no such folder yet) is counted as the first one that is known, the policy's.
+    A model that isn't there may still be trained by an earlier run: it is counted as the policy's, or as the first of those that
+    are compared, and told among what couldn't be looked at.
 
     Args:
         online: whether the hub may be asked.
     """
     known = Known()
     fallback: RoleModel | None = None
-    told: set[str] = set()
+    asked: set[str] = set()
     roles = {*started_roles(config), "policy"}
     for role, key, path, head, layers in _wanted(config):
         if role not in roles:
@@ -64,24 +88,51 @@ def known_models(config: JobConfig, *, online: bool = True) -> Known:
         try:
             found = RoleModel(key, path, shape_of(path, online=online), head, layers)
         except NoSuchFolderError:
-            if fallback is None:
-                known.unknown.append(f"{key}: there is no folder {path} yet; its memory isn't planned")
+            why = f"there is no folder {path} here, and the run is refused unless there is one when it starts"
+            other = None if fallback is None else _stand_in(fallback, key, path, head, layers)
+            if other is None or _misfit(config, role, other) is not None:
+                _add(known.unseen, Unseen(key, path, why))
                 continue
-            known.unknown.append(f"{key}: there is no folder {path} yet; counted as {fallback.path}")
-            found = replace(fallback, key=key, path=path, head=head, layers=layers)
+            _add(known.unseen, Unseen(key, path, why, other.counted_as))
+            found = other
         except NotThereError as error:
-            if f"{key}: {error}" not in known.missing:
-                known.missing.append(f"{key}: {error}")
+            _add(known.missing, f"{key}: {error}")
             continue
         except NotKnownError as error:
             online = online and not isinstance(error, HubAwayError)
-            if path not in told:
-                known.unknown.append(f"{key}: {error}; its memory isn't planned")
-            told.add(path)
+            if path not in asked:
+                known.unseen.append(Unseen(key, path, str(error)))
+            asked.add(path)
             continue
-        fallback = fallback or found
+        if role in ("policy", "rollout"):
+            fallback = fallback or found
         known.models.setdefault(role, []).append(found)
+        if (misfit := _misfit(config, role, found)) is not None:
+            known.misfits[role] = misfit
     return known
+
+
+def _stand_in(other: RoleModel, key: str, path: str, head: str, layers: int | None) -> RoleModel:
+    shape = replace(other.shape, source=f"counted as {other.path}")
+    return RoleModel(key, path, shape, head, layers, counted_as=other.path)
+
+
+def _add(texts: list[Any], text: Any) -> None:
+    if text not in texts:
+        texts.append(text)
+
+
+def _misfit(config: Any, role: str, model: RoleModel) -> str | None:
+    """What is wrong with the modules for which a role wants adapters."""
+    lora = getattr(getattr(config, role, None), "lora", None)
+    names = [] if lora is None else model.shape.misnamed(lora, head=model.head, layers=model.layers)
+    if not names:
+        return None
+    legal = ", ".join(model.shape.adaptable(head=model.head))
+    return (
+        f"{role}.lora.target_modules: found {', '.join(names)}, but {model.path} has no layer of that name that can have an"
+        f" adapter; legal: all-linear, or some of {legal}"
+    )
 
 
 def _wanted(config: Any) -> list[tuple[str, str, str, str, int | None]]:
@@ -155,10 +206,11 @@ class HeldModels:
             frozen_bytes(m.shape, section.dtype, section.ranks, zero_stage=stage, offloaded=offloaded, head=m.head)
             for m in models
         ]
-        # An evaluation has one of its models at a time.
-        each = [max(each, key=lambda one: one.parameters)] if role == "model" else each
-        host = sum(one.host.get("parameters", 0) for one in each)
         whole = max(one.forward_buffers for one in each)
+        loading = max(one.loading for one in each)  # one after the other
+        # An evaluation has one of its models at a time.
+        each = [max(each, key=lambda one: one.parameters + sum(one.host.values()))] if role == "model" else each
+        host = sum(one.host.get("parameters", 0) for one in each)
         states = ModelBytes(
             sum(one.parameters for one in each),
             buffers=whole,
@@ -166,16 +218,14 @@ class HeldModels:
             host={"parameters": host} if host else {},
             pinning=sum(one.pinning for one in each),
             away=sum(one.away for one in each),
-            loading=max(one.loading for one in each),  # one after the other
+            loading=loading,
         )
         return cls(states, max(forward_bytes(section, m.shape, tokens, head=m.head) for m in models))
 
 
 def longest_sample(config: Any) -> int:
     """The most tokens of one sample in a forward."""
-    if hasattr(config, "training"):
-        return config.data.max_tokens
-    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    return max(lengths_of(config).values())
 
 
 def _budget(config: Any, role: str) -> int:

@@ -150,16 +150,16 @@ def _fit(pools: Sequence[Sequence[Claim]], machines: Sequence[Machine]) -> _Take
     """GPUs of each machine for each pool; None where they aren't found.
 
     The problem is one of packing bins. One machine for all is tried first, the smallest that does; then several orders in
-    which pools choose and in which machines are offered, the tidiest first.
+    which pools choose and in which machines are offered, the tidiest first; and at last the same without a machine's odd GPUs.
     """
     rooms = [machine.gpus for machine in machines]
     for one in sorted(range(len(machines)), key=lambda m: (rooms[m], m)):
         alone = [room if m == one else 0 for m, room in enumerate(rooms)]
-        found = _deal(pools, alone, _BY_UNIT, _emptiest)
+        found = _deal(pools, alone, _BY_UNIT, _emptiest, whole=False)
         if found is not None:
             return found
-    for order, offer in product((_BY_UNIT, _BY_SIZE, _AS_GIVEN), (_tightest, _emptiest, _first)):
-        found = _deal(pools, rooms, order, offer)
+    for whole, order, offer in product((False, True), (_BY_UNIT, _BY_SIZE, _AS_GIVEN), (_tightest, _emptiest, _first)):
+        found = _deal(pools, rooms, order, offer, whole=whole)
         if found is not None:
             return found
     return None
@@ -191,21 +191,35 @@ def _first(rooms: Sequence[int], pool: Sequence[Claim]) -> list[int]:
     return list(range(len(rooms)))
 
 
-def _deal(pools: Sequence[Sequence[Claim]], rooms: Sequence[int], order: _Order, offer: _Offer) -> _Taken | None:
-    """Let one pool after the other take what it needs; None where one doesn't get it."""
+def _deal(
+    pools: Sequence[Sequence[Claim]], rooms: Sequence[int], order: _Order, offer: _Offer, *, whole: bool
+) -> _Taken | None:
+    """Let one pool after the other take what it needs; None where one doesn't get it.
+
+    Args:
+        whole: a pool takes whole multiples of its widest process's GPUs first, and a machine's odd ones only where it still lacks
+            some: what its small processes leave of them is another pool's.
+    """
     free = list(rooms)
     taken: _Taken = [[0] * len(rooms) for _ in pools]
     for index in sorted(range(len(pools)), key=lambda k: (*order(pools[k]), k)):
-        left = {claim.role: claim.processes for claim in pools[index]}
-        for m in offer(free, pools[index]):
-            # No more than any of its roles can use: a machine's odd GPU is of no use to an engine over two.
-            seats = {c.role: min(left[c.role], free[m] // c.gpus) for c in pools[index]}
-            taken[index][m] = max(seats[c.role] * c.gpus for c in pools[index])
-            left = {role: count - seats[role] for role, count in left.items()}
-            free[m] -= taken[index][m]
-        if any(left.values()):
+        pool, mine = pools[index], taken[index]
+        for grain in (max(c.gpus for c in pool), 1) if whole else (1,):
+            for m in offer(free, pool):
+                # No more than any of its roles can use: a machine's odd GPU is of no use to an engine over two.
+                there = mine[m] + free[m] // grain * grain
+                used = [min(_left(c, mine) + mine[m] // c.gpus, there // c.gpus) * c.gpus for c in pool]
+                more = max(0, *(gpus - mine[m] for gpus in used))
+                mine[m] += more
+                free[m] -= more
+        if any(_left(c, mine) > 0 for c in pool):
             return None
     return taken
+
+
+def _left(claim: Claim, taken: Sequence[int]) -> int:
+    """Processes that don't fit on so many GPUs of each machine; below 0 where more would."""
+    return claim.processes - sum(gpus // claim.gpus for gpus in taken)
 
 
 def _seated(pools: Sequence[Sequence[Claim]], taken: _Taken, machines: Sequence[Machine]) -> Placement:

@@ -9,14 +9,14 @@ from functools import cache
 from typing import Any
 
 from rayrlhf.config.base import JobConfig
-from rayrlhf.config.derive import PlanRow
+from rayrlhf.config.derive import PlanRow, generated_lengths
 from rayrlhf.planning.changes import Advice, Change, engine_shortfall, placed
 from rayrlhf.planning.claims import assumed_machines, claims_of, machines_of, places_roles
 from rayrlhf.planning.dimensions import odd_sizes, other_problems
 from rayrlhf.planning.models import Known, known_models
 from rayrlhf.planning.placement import Claim, DoesNotFitError, Machine, Placement, place
 from rayrlhf.planning.rows import plan_rows
-from rayrlhf.planning.transfer import Transfer
+from rayrlhf.planning.transfer import Transfer, gpus_of, sends_weights
 from rayrlhf.planning.usage import START, EngineBytes, GpuUsage, HostUsage, Usage
 
 __all__ = ["Plan", "check_plan", "make_plan", "memory_notes"]
@@ -43,7 +43,7 @@ class Plan:
     problems: list[str]
     """All that can't work, each with the nearest change that would."""
     notes: list[str]
-    """What was assumed, and what isn't used."""
+    """What was assumed, and what isn't used. What couldn't be looked at stands in ``known.unseen``."""
 
 
 def make_plan(config: JobConfig, *, online: bool = True) -> Plan:
@@ -54,8 +54,8 @@ def make_plan(config: JobConfig, *, online: bool = True) -> Plan:
         online: whether the hub may be asked for the dimensions of a model that is in no folder, cache or catalogue.
     """
     claims, known = claims_of(config), known_models(config, online=online)
-    problems = [*known.missing, *_size_problems(config, known), *other_problems(config, known)]
-    notes = list(known.unknown)
+    problems = [*known.missing, *_model_problems(config, known), *other_problems(config, known)]
+    notes: list[str] = []
     machines = machines_of(config.cluster)
     assumed = not machines
     if assumed:
@@ -68,6 +68,8 @@ def make_plan(config: JobConfig, *, online: bool = True) -> Plan:
     if placement is not None:
         transfer, usage = placed(config, known, placement)
         notes += _placement_notes(config, placement, assumed)
+        # On machines that are assumed the roles may come to sit in another way.
+        (notes if assumed else problems).extend(_transport_problems(config, placement))
         no_cache, too_much = _memory_problems(config, known, placement, usage)
         problems += no_cache
         # On CPUs the estimate adds up peaks that needn't come at the same time.
@@ -80,14 +82,17 @@ def _once(texts: list[str]) -> list[str]:
 
 
 def check_plan(config: JobConfig) -> list[str]:
-    """What keeps a run from starting, however much memory there is: heads that can't be dealt out, roles that can't be placed
-    on the machines that are named. Asks nobody; of models whose dimensions aren't at hand nothing is said."""
+    """What keeps a run from starting, however much memory there is: heads that can't be dealt out, adapters of modules that
+    aren't there, roles that can't be placed on the machines that are named, or sit so that their weights can't travel.
+
+    Asks nobody; of models whose dimensions aren't at hand nothing is said.
+    """
     known = known_models(config, online=False)
-    problems = _size_problems(config, known)
+    problems = _model_problems(config, known)
     machines = machines_of(config.cluster)
     if machines and places_roles(config) and config.cluster.executor == "ray":
         try:
-            place(claims_of(config), config.cluster.placement, machines)
+            problems += _transport_problems(config, place(claims_of(config), config.cluster.placement, machines))
         except DoesNotFitError as refused:
             problems.append(_unplaced(config, known, refused))
     return problems
@@ -110,8 +115,25 @@ def memory_notes(config: JobConfig) -> list[str]:
     return [*no_cache, *too_much]
 
 
-def _size_problems(config: Any, known: Known) -> list[str]:
-    return [f"{odd.text}; {Advice(config, known).for_size(odd.key, odd.legal)}" for odd in odd_sizes(config, known)]
+def _model_problems(config: Any, known: Known) -> list[str]:
+    sizes = [f"{odd.text}; {Advice(config, known).for_size(odd.key, odd.legal)}" for odd in odd_sizes(config, known)]
+    return [*sizes, *known.misfits.values()]
+
+
+def _transport_problems(config: Any, placement: Placement) -> Iterator[str]:
+    """Engines on GPUs without a rank of the policy, from which ``ipc`` would bring the weights."""
+    if config.cluster.device != "cuda" or not sends_weights(config) or config.rollout.weight_transport != "ipc":
+        return
+    bare = sorted(gpus_of(placement, "rollout") - gpus_of(placement, "policy"))
+    if bare:
+        machine = bare[0][0]
+        first = ", ".join(str(gpu) for at, gpu in bare if at == machine)
+        others = len({at for at, _ in bare}) - 1
+        yield (
+            "rollout.weight_transport: found ipc, but engines have GPUs without a rank of the policy"
+            f" ({placement.machines[machine].name} GPU {first}{_and_more(others)}); legal: auto or gloo, or numbers of GPUs,"
+            " policy.ranks and rollout.tensor_parallel with which each of them has one"
+        )
 
 
 def _unplaced(config: Any, known: Known, refused: DoesNotFitError) -> str:
@@ -190,7 +212,7 @@ def _larger_caches(config: Any, known: Known, engine: EngineBytes) -> Iterator[C
 
 def _no_room_for_cache(config: Any, engine: EngineBytes) -> str:
     rollout = config.rollout
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    longest = max(generated_lengths(config).values())
     if rollout.kv_cache_gib is not None:
         least = engine.least * rollout.tensor_parallel / GIB
         return (

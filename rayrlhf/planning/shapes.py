@@ -12,6 +12,8 @@ from rayrlhf.config.trainers import LoraConfig
 __all__ = ["FAMILIES", "Shape", "UnknownFamilyError", "Weight", "numel"]
 
 _HEADS = "num_attention_heads"
+_EXPERTS, _GATE, _EMBEDDING = ".mlp.experts.", ".mlp.gate.weight", "embed_tokens."
+"""Parts of names."""
 
 
 @dataclass(frozen=True)
@@ -186,25 +188,45 @@ class Shape:
         return numel(self.weights(head=head, layers=layers))
 
     def adapters(self, lora: LoraConfig, *, head: str = "vocabulary", layers: int | None = None) -> list[Weight]:
-        """The parameters of LoRA adapters: two of rank r for each linear layer that is named.
+        """The parameters of LoRA adapters: two of rank r for each module that is named.
 
         ``all-linear`` leaves out the output layer, as peft does. Experts, whose weights transformers keeps in one tensor, have
         adapters of their own then: one for each, of twice the rank where gate and up are one tensor.
         """
         found = []
-        for weight in self.weights(head=head, layers=layers):
-            module = weight.name.removesuffix(".weight")
-            rank = lora.rank
-            if ".mlp.experts." in module or module.endswith("mlp.gate"):
-                if lora.target_modules != "all-linear":
-                    continue
-                experts = weight.shape[0] if len(weight.shape) == 3 else 1
-                rank *= experts * (2 if module.endswith("gate_up_proj") else 1)
-            elif not weight.linear or not _adapted(module, lora):
+        for weight in self._adaptable(head, layers):
+            module, rank = weight.name.removesuffix(".weight"), lora.rank
+            if not _adapted(weight, lora, head):
                 continue
+            if _EXPERTS in module:
+                rank *= weight.shape[0] * (2 if module.endswith("gate_up_proj") else 1)
             out, into = weight.shape[-2:]
             found += [Weight(f"{module}.lora_A.weight", (rank, into)), Weight(f"{module}.lora_B.weight", (out, rank))]
         return found
+
+    def misnamed(self, lora: LoraConfig, *, head: str = "vocabulary", layers: int | None = None) -> list[str]:
+        """Names among ``target_modules`` that no module has which can have an adapter (`rayrlhf.models.adapters`)."""
+        if lora.target_modules == "all-linear":
+            return []
+        names = [_full_name(weight, head) for weight in self._adaptable(head, layers) if _EXPERTS not in weight.name]
+        return [target for target in lora.target_modules if not any(_fits(name, target) for name in names)]
+
+    def adaptable(self, *, head: str = "vocabulary") -> list[str]:
+        """The last parts of the names of modules that can have an adapter, each once."""
+        names = [weight.name for weight in self._adaptable(head, 1) if _EXPERTS not in weight.name]
+        return list(dict.fromkeys(name.removesuffix(".weight").rpartition(".")[2] for name in names))
+
+    def _adaptable(self, head: str, layers: int | None) -> list[Weight]:
+        """What can have an adapter: linear layers, experts and their gate, the embedding unless it is the output layer too."""
+        tied = self.tied and head == "vocabulary"
+        return [
+            weight
+            for weight in self.weights(head=head, layers=layers)
+            if weight.linear
+            or _EXPERTS in weight.name
+            or weight.name.endswith(_GATE)
+            or (weight.name.startswith(_EMBEDDING) and not tied)
+        ]
 
     # -- engines ----------------------------------------------------------------------------------------------------
 
@@ -236,7 +258,18 @@ def numel(weights: Iterable[Weight]) -> int:
     return sum(weight.numel for weight in weights)
 
 
-def _adapted(module: str, lora: LoraConfig) -> bool:
+def _adapted(weight: Weight, lora: LoraConfig, head: str) -> bool:
     if lora.target_modules == "all-linear":
-        return module != "lm_head"
-    return any(module == name or module.endswith(f".{name}") for name in lora.target_modules)
+        return not weight.name.startswith((_EMBEDDING, "lm_head"))
+    # Experts are parameters, and no modules: no name fits them.
+    return _EXPERTS not in weight.name and any(_fits(_full_name(weight, head), t) for t in lora.target_modules)
+
+
+def _full_name(weight: Weight, head: str) -> str:
+    """A module's name in transformers: in a language model all but the output layer is within ``model``."""
+    module = weight.name.removesuffix(".weight")
+    return module if head != "vocabulary" or module == "lm_head" else f"model.{module}"
+
+
+def _fits(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

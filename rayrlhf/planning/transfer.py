@@ -14,7 +14,7 @@ from rayrlhf.planning.memory import itemsize_of
 from rayrlhf.planning.placement import Placement, place
 from rayrlhf.planning.shapes import Shape, Weight, numel
 
-__all__ = ["Crossing", "Transfer", "sends_weights", "transfer_of", "transport_of"]
+__all__ = ["Crossing", "Transfer", "gpus_of", "sends_weights", "transfer_of", "transport_of"]
 
 MIB = 2**20
 GROUP_BYTES = 2**28
@@ -113,15 +113,16 @@ def transport_of(config: Any, placement: Placement | None = None) -> str:
         if placement is None:
             claims, sharing = claims_of(config), cluster.placement
             placement = place(claims, sharing, machines_of(cluster) or assumed_machines(claims, sharing))
-        engines, sender = _gpus(placement, "rollout"), placement.of("policy")[0]
-        if engines <= _gpus(placement, "policy"):
+        engines, sender = gpus_of(placement, "rollout"), placement.of("policy")[0]
+        if engines <= gpus_of(placement, "policy"):
             return "ipc"
         return "gloo" if engines & {(sender.machine, gpu) for gpu in sender.gpus} else "nccl"
     several = cluster.address is not None or sum(node.count for node in cluster.nodes) > 1
     return "gloo" if several else "shared_memory"
 
 
-def _gpus(placement: Placement, role: str) -> set[tuple[int, int]]:
+def gpus_of(placement: Placement, role: str) -> set[tuple[int, int]]:
+    """(machine, GPU) of each GPU of a role."""
     return {(seat.machine, gpu) for seat in placement.of(role) for gpu in seat.gpus}
 
 
@@ -152,7 +153,7 @@ def _transfer(
 ) -> Transfer:
     policy, rollout = config.policy, config.rollout
     size, own = itemsize_of(rollout.dtype or policy.dtype), itemsize_of(policy.dtype)
-    nbytes, largest = size * numel(tensors), size * max(w.numel for w in tensors)
+    nbytes, largest = size * numel(tensors), size * max(map(_sent_numel, tensors))
     bucket = min(nbytes, max(int(rollout.weight_bucket_mib * MIB), largest))
     gather, gathered = None, 0
     if policy.zero_stage == 3 and policy.ranks > 1:
@@ -166,6 +167,14 @@ def _transfer(
         gathered = 2 * own * max(w.numel for w in divided)
     send = _sent(transport, nbytes, rollout.engines * rollout.tensor_parallel, placement)
     return Transfer(transport, what, nbytes, bucket, send, gather, gathered)
+
+
+def _sent_numel(weight: Weight) -> int:
+    """Numbers of the largest tensor as which a parameter travels: each expert by itself, its gate apart from its up
+    (`rayrlhf.models.export.weight_layout`)."""
+    if len(weight.shape) < 3:
+        return weight.numel
+    return weight.numel // weight.shape[0] // (2 if weight.name.endswith("gate_up_proj") else 1)
 
 
 def _largest_group(sizes: Sequence[int]) -> int:

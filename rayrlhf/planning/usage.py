@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rayrlhf.config.derive import generated_lengths
 from rayrlhf.config.jobs import CritiqueConfig, ModelEvaluationConfig, SamplingConfig
 from rayrlhf.config.offline import PreferenceConfig
 from rayrlhf.config.schema import Config
@@ -102,7 +103,7 @@ def engine_of(config: Any, known: Known, gpu_memory: int | None) -> EngineBytes 
     workspace = ENGINE_WORKSPACE if cuda and rollout.engine == "vllm" else 0
     # A size that is given is refused by the role, which knows no GPU's blocks: `rayrlhf.actors.rollout_vllm.kv_cache_bytes`.
     block = BLOCK[config.cluster.device] if rollout.kv_cache_gib is None else KV_BLOCK
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    longest = max(generated_lengths(config).values())
     token = shape.kv_bytes_per_token(itemsize_of(dtype), tp)
     least = cache_bytes(1, longest, token, block)
     if rollout.kv_cache_gib is not None:
@@ -213,7 +214,7 @@ def usage_of(config: Any, known: Known, placement: Placement, transfer: Transfer
     held = {
         role: HeldModels.of(config, role, models)
         for role, models in known.models.items()
-        if role != "rollout" and role in started_roles(config)
+        if role != "rollout" and role in started_roles(config) and role not in known.misfits
     }
     cluster = config.cluster
     needed = phases_of(config)

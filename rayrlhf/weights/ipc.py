@@ -179,7 +179,7 @@ class IpcReceiver(Receiver):
         if mine not in places:
             raise RunFailed(
                 f"{self.name} is on the GPU {mine}, where no rank of the policy is: rollout.weight_transport=ipc needs one on "
-                "each GPU of an engine; nccl needs none"
+                "each GPU of an engine; auto and gloo need none"
             )
         self._sender = places.index(mine)
         self.control.put(f"sender-of/{self.index}", str(self._sender).encode())

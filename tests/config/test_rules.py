@@ -53,6 +53,7 @@ CASES = [
     ("length_penalty_applies", ["reward.length_penalty_from=10"], "reward.length_penalty_from", "legal: 0", ["reward.length_penalty=0.1"]),
     ("length_penalty_applies", ["reward.length_penalty=0.1", "reward.length_penalty_from=64"], "reward.length_penalty_from", "at most 63", ["reward.length_penalty_from=63"]),
     ("flash_attention_runs", ["policy.attention=flash_attention_2"], "policy.attention", "with cluster.device cpu", ["cluster.device=cuda"]),
+    ("flash_attention_runs", ["reward.attention=flash_attention_2", "cluster.device=cuda"], "reward.attention", "with reward.dtype float32", ["reward.dtype=bfloat16"]),
     ("flash_attention_runs", ["critic.attention=flash_attention_2", "cluster.device=cuda", "critic.dtype=float32"], "critic.attention", "with critic.dtype float32", ["critic.dtype=bfloat16"]),
     ("varlen_has_a_kernel", ["reward.attention=varlen", "cluster.device=cuda"], "reward.attention", "with reward.dtype float32", ["reward.dtype=bfloat16"]),
     ("varlen_has_a_kernel", ["policy.attention=varlen", "policy.dtype=float32", "cluster.device=cuda"], "policy.attention", "with policy.dtype float32", ["cluster.device=cpu"]),

@@ -37,6 +37,8 @@ CASES = [
     ("critique", "inline_shares_everything", ["cluster.executor=inline", "cluster.placement=disaggregated"], "cluster.placement", "legal: colocated", ["cluster.executor=ray"]),
     ("critique", "vllm_spreads_weights", ["rollout.tensor_parallel=2", "cluster.executor=inline"], "rollout.tensor_parallel", "the executor ray", ["cluster.executor=ray"]),
     ("sampling", "offloaded_parameters_are_spread", ["reward.offload_parameters=cpu"], "reward.offload_parameters", "zero_stage 3", ["reward.zero_stage=3"]),
+    ("sampling", "varlen_has_a_kernel", ["cluster.device=cuda", "reward.attention=varlen"], "reward.attention", "with reward.dtype float32", ["reward.dtype=bfloat16"]),
+    ("sampling", "flash_attention_runs", ["cluster.device=cuda", "reward.attention=flash_attention_2"], "reward.attention", "with reward.dtype float32", ["reward.dtype=bfloat16"]),
     ("sampling", "cache_is_vllms", ["rollout.engine=transformers", "rollout.kv_cache_gib=1"], "rollout.kv_cache_gib", "legal: null", ["rollout.engine=vllm"]),
 ]  # fmt: skip
 

@@ -44,7 +44,7 @@ def test_it_uses_all_that_it_names_and_says_so(file, monkeypatch, tmp_path):
     (kind,) = config.cluster.nodes
     used = {(seat.machine, gpu) for seat in plan.placement.seats for gpu in seat.gpus}
     assert len(used) == kind.count * kind.gpus, "no GPU is paid for and left idle"
-    assert not plan.known.unknown and plan.usage is not None, "the memory of all models is planned"
+    assert not plan.known.unseen and plan.usage is not None, "the memory of all models is planned"
     head = file.read_text().split("\n\n")[0].partition("algorithm:")[0].partition("run_dir:")[0]
     count = {1: "one", 2: "two", 4: "four", 8: "eight"}[kind.count]
     assert f"{count} node" in head or f"{count} GPU" in head

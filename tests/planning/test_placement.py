@@ -67,6 +67,20 @@ def test_an_engine_stays_on_one_machine():
     assert seats(placed, "policy") == [(0, (2,)), (1, (2,)), (2, (2,))]
 
 
+def test_odd_gpus_are_left_to_those_who_can_use_them():
+    """Of each 6 GPUs an engine has 4. A policy that filled a machine would leave 2 GPUs, those beside the other engine; on 4 and 4
+    it leaves 2 and 2, which critic and reference need."""
+    claims = [Claim("policy", 8, 1), Claim("rollout", 2, 4), Claim("critic", 4, 1), Claim("reference", 4, 1)]
+    sharing = [["policy", "rollout"], ["critic", "reference"]]
+    placed = place(claims, sharing, machines(6, 6))
+    assert [seat.machine for seat in placed.of("policy")] == [0] * 4 + [1] * 4
+    assert seats(placed, "rollout") == [(0, (0, 1, 2, 3)), (1, (0, 1, 2, 3))]
+    assert seats(placed, "critic") == seats(placed, "reference") == [(0, (4,)), (0, (5,)), (1, (4,)), (1, (5,))]
+    # With a rank more the policy takes an odd one, and the critic has too few.
+    assert not fits([Claim("policy", 9, 1), *claims[1:]], sharing, machines(6, 6))
+    assert fits([Claim("policy", 9, 1), *claims[1:2], Claim("critic", 3, 1)], sharing, machines(6, 6))
+
+
 @pytest.mark.parametrize(
     ("claims", "sharing", "gpus", "said"),
     [

@@ -262,8 +262,9 @@ def test_a_hub_that_does_not_answer_is_asked_once(load, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(known, "HUB_TIMEOUT_S", 0.2)
         plan = make_plan(load("policy.path=a/a", "critic.path=b/b", "reward.sources=[{model: c/c}]"))
-    notes = [note for note in plan.notes if "memory isn't planned" in note]
-    assert len(notes) == 3 and ["can't be asked" in note for note in notes] == [True, False, False]
+    found = plan.known.unseen
+    assert [model.key for model in found] == ["policy.path", "critic.path", "reward.sources.0.model"]
+    assert ["can't be asked" in model.why for model in found] == [True, False, False]
 
 
 def test_the_limit_is_where_it_is_said_to_be(load):
@@ -310,16 +311,27 @@ def test_all_that_can_not_work_is_told_together(load, tmp_path):
     assert "what would do" in problems[3] and "an engine over 3 GPUs" in problems[3]
 
 
-def test_a_model_that_nobody_knows_is_no_problem_but_a_note(load):
-    plan = make_plan(load("policy.path=nobody/nothing"))
-    assert plan.problems == [] and any("memory isn't planned" in note for note in plan.notes)
-    assert plan.known.models == {} and check_plan(plan.config) == []
-
-
-def test_a_reward_model_of_an_earlier_stage_is_counted_as_the_policy(load):
-    plan = make_plan(load("policy.path=Qwen/Qwen2.5-0.5B", "reward.sources=[{model: ./runs/rm/model}]"))
-    assert plan.problems == [] and plan.known.models["reward"][0].shape.hidden == 896
-    assert any("there is no folder ./runs/rm/model yet; counted as Qwen/Qwen2.5-0.5B" in note for note in plan.notes)
+def test_ipc_where_an_engine_has_gpus_without_the_policy(load):
+    """Of 2 machines with 6 GPUs the policy's 8 ranks take 6 and 2, an engine over 4 GPUs is on each: two have no rank."""
+    words = [
+        "cluster.device=cuda",
+        "policy.path=Qwen/Qwen3-0.6B",
+        "policy.ranks=8",
+        "rollout.engines=2",
+        "reference=null",
+    ]
+    words += ["ppo.kl_coef=0", "rollout.tensor_parallel=4", "rollout.weight_transport=ipc"]
+    config = load(*words, "cluster.nodes=[{count: 2, gpus: 6}]")
+    (problem,) = make_plan(config).problems
+    assert (
+        "rollout.weight_transport: found ipc" in problem
+        and "(node 1 GPU 2, 3)" in problem
+        and "auto or gloo" in problem
+    )
+    assert check_plan(config) == [problem]
+    for mended in (["rollout.weight_transport=auto"], ["rollout.weight_transport=gloo"], ["policy.ranks=10"]):
+        assert make_plan(load(*words, "cluster.nodes=[{count: 2, gpus: 6}]", *mended)).problems == []
+    assert make_plan(load(*words)).problems == []  # 8 GPUs of one machine, as is assumed
 
 
 def test_gpus_without_a_role_are_noted(load):
@@ -358,7 +370,19 @@ def test_the_document_has_the_same_numbers(load):
     assert found["transfers"][0]["seconds"] == plan.transfer.seconds
     assert found["roles"]["policy"]["models"][0]["parameters"] == 70_553_706_496
     assert set(found) == {
-        *("version", "algorithm", "ok", "problems", "notes", "batch", "roles", "placement", "memory", "transfers"),
+        *(
+            "version",
+            "algorithm",
+            "ok",
+            "unseen",
+            "problems",
+            "notes",
+            "batch",
+            "roles",
+            "placement",
+            "memory",
+            "transfers",
+        ),
         "resources",
     }
     assert {field.name for field in dataclasses.fields(plan)} >= {"problems", "notes", "placement"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 import transformers
 
 from rayrlhf.config.trainers import LoraConfig
+from rayrlhf.errors import InputRefused
+from rayrlhf.models.adapters import add_lora
 from rayrlhf.planning.gguf import gguf_config
 from rayrlhf.planning.known import NotKnownError, NotThereError, _catalogue, shape_of
 from rayrlhf.planning.shapes import Shape, UnknownFamilyError, numel
@@ -88,6 +91,27 @@ def test_adapters_are_those_of_peft(kind, more, targets):
     adapted = get_peft_model(model, Peft(r=4, target_modules=targets))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert numel(shape.adapters(LoraConfig(rank=4, target_modules=targets))) == trained
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["Qwen2", "Mixtral"])
+def test_modules_that_can_have_adapters_are_those_of_the_role(kind, tied):
+    """Every name of a module, and some that are none: the role takes it or refuses it, and adapters are what it puts there."""
+    config, model = made(kind, {"tie_word_embeddings": tied, "num_hidden_layers": 2})
+    shape, there = Shape.of(config.to_dict(), ""), [name for name, _ in model.named_modules() if name]
+    names = {name.rpartition(".")[2] for name in there} | {"w1", "gate_up_proj", "self_attn.v_proj", there[-2]}
+    taken = set()
+    for name in sorted(names - {"0", "1"}):
+        lora, lm = LoraConfig(rank=4, target_modules=[name]), copy.deepcopy(model)
+        try:
+            adapted = add_lora(lm, lora, 0)
+        except InputRefused:
+            assert shape.misnamed(lora) == [name]
+            continue
+        assert shape.misnamed(lora) == [], name
+        assert numel(shape.adapters(lora)) == sum(p.numel() for p in adapted.parameters() if p.requires_grad), name
+        taken.add(name.rpartition(".")[2])
+    assert taken == set(shape.adaptable())
 
 
 # Parameters as the models' cards and the metadata of their files give them.

@@ -43,7 +43,7 @@ def starts(config: Any) -> list[list[RoleSpec]]:
         prepared = Prepared(config, "m", critic, reference_path(config, "m"), "m", None, None)  # type: ignore[arg-type]
         return [role_specs(prepared)]
     if isinstance(config, SamplingConfig | CritiqueConfig):
-        return [job_specs(PreparedJob(config, "m", "m", None, [], []), 64)]
+        return [job_specs(PreparedJob(config, "m", "m", None, [], []))]
     if isinstance(config, ModelEvaluationConfig):
         return evaluation(config)
     # As the data is read: held-out examples where there is something that they can come from.
