@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
 # A Ray cluster on machines of your own, without containers and without a scheduler.
-#
-#   bash launch/onprem.sh up node-1 node-2 node-3      over ssh; the first is the head, and has roles too
-#   bash launch/onprem.sh down node-1 node-2 node-3
-#   bash launch/onprem.sh head                         on this machine
-#   bash launch/onprem.sh worker HEAD
-#   bash launch/onprem.sh end
-#
-# To change, in the environment: FOLDER, the repository on each machine (a shared folder, or one at the same path; by default
-# this one), VENV, the Python environment in it, PORT, DASHBOARD_PORT, START_TIMEOUT and GPUS (of each machine; by default what
-# Ray finds). For "head", "worker" and "end" also STATE, where the machine keeps process id and log. ~/.ray/auth_token, which is
-# made where there is none and copied to all machines, lets in who has it. "end" ends what was started here, and no other Ray.
 set -euo pipefail
+
+usage() {
+    cat >&2 << 'END'
+bash launch/onprem.sh up node-1 node-2 node-3      over ssh; the first is the head, and has roles too
+bash launch/onprem.sh down node-1 node-2 node-3
+bash launch/onprem.sh head                         on this machine
+bash launch/onprem.sh worker HEAD
+bash launch/onprem.sh end
+
+To change, in the environment: FOLDER, the repository on each machine (a shared folder, or one at the same path; by default
+this one), VENV, the Python environment in it, PORT, DASHBOARD_PORT, START_TIMEOUT and GPUS (of each machine; by default what
+Ray finds). For "head", "worker" and "end" also STATE, where the machine keeps process id and log. ~/.ray/auth_token, which is
+made where there is none and copied to all machines, lets in who has it. "end" ends what was started here, and no other Ray.
+END
+    exit 2
+}
 
 FOLDER=${FOLDER:-$(cd "$(dirname "$0")/.." && pwd)}
 VENV=${VENV:-.venv}
@@ -20,11 +25,6 @@ DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
 STATE=${STATE:-/tmp/rayrlhf-$(id -un)}
 TOKEN=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 START_TIMEOUT=${START_TIMEOUT:-60}
-
-usage() {
-    sed -n '2,16p' "$0" >&2
-    exit 2
-}
 
 # Start Ray on this machine; returns once it is up.
 start() {

@@ -51,7 +51,8 @@ def _told_plainly(interrupted: str = "Interrupted.") -> Iterator[None]:
         yield
     except InputRefused as refused:
         count = len(refused.problems)
-        _complain(f"Refused: {count} problem{'s' if count != 1 else ''}, nothing was started.")
+        nothing = "" if refused.started else ", nothing was started"
+        _complain(f"Refused: {count} problem{'s' if count != 1 else ''}{nothing}.")
         for problem in refused.problems:
             _complain(f"  - {problem}")
         raise typer.Exit(2) from None

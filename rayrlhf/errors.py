@@ -8,10 +8,15 @@ __all__ = ["InputRefused", "RunFailed"]
 
 
 class InputRefused(Exception):
-    """Configuration, data or a model can't be used. Every problem is listed; nothing was started. Exit code 2."""
+    """Configuration, data or a model can't be used. Every problem is listed. Exit code 2.
 
-    def __init__(self, problems: Iterable[str] | str):
+    Attributes:
+        started: this was found after processes of the run had been started; they were ended.
+    """
+
+    def __init__(self, problems: Iterable[str] | str, *, started: bool = False):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.started = started
         super().__init__("\n".join(self.problems))
 
 

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from rayrlhf.cli import _told_plainly
+from rayrlhf.errors import InputRefused
 from tests.conftest import ROOT
 
 SOURCES = [p for folder in ("rayrlhf", "actors", "examples", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
@@ -80,6 +83,13 @@ def test_a_bad_configuration_is_refused_with_exit_code_2():
     assert (
         "Refused: 2 problems" in refused.stderr and "ppo.gamma" in refused.stderr and "Traceback" not in refused.stderr
     )
+
+
+@pytest.mark.parametrize(("started", "said"), [(False, "2 problems, nothing was started."), (True, "2 problems.")])
+def test_what_was_started_is_not_denied(capsys, started, said):
+    with pytest.raises(typer.Exit) as left, _told_plainly():
+        raise InputRefused(["a", "b"], started=started)
+    assert left.value.exit_code == 2 and capsys.readouterr().err == f"Refused: {said}\n  - a\n  - b\n"
 
 
 def test_doctor_names_versions_and_cures():

@@ -327,6 +327,9 @@ def started(
     Args:
         warn: shows a line on the terminal: that machines or GPUs are waited for, and which.
         beside: groups of this configuration that are up already. They hold the GPUs of all roles that it names.
+
+    Raises:
+        InputRefused: where the roles can't be placed; what is refused while they are up is told as such.
     """
     with ExitStack() as stack:
         if config.cluster.executor == "ray":
@@ -341,4 +344,9 @@ def started(
             beside=beside,
             tell=warn,
         )
-        yield stack.enter_context(groups)
+        stack.enter_context(groups)
+        try:
+            yield groups
+        except InputRefused as refused:
+            refused.started = True
+            raise

@@ -44,6 +44,7 @@ class Problems:
 
 
 RESUME_MAY_CHANGE = (
+    "run_dir",
     "cluster",
     "monitoring",
     "checkpoint",
@@ -54,7 +55,10 @@ RESUME_MAY_CHANGE = (
     "training.max_steps",
     "training.patience",
 )
-"""Sections and keys that a resumed run may have different: they don't change what the past steps did."""
+"""Sections and keys that a resumed run may have different: they don't change what the past steps did.
+
+The run's folder is where its configuration was found, whatever that says: it may be named from elsewhere, or have been moved.
+"""
 
 
 def check_run_dir(config: JobConfig, resume: bool) -> None:

@@ -10,7 +10,8 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,8 @@ _STOP_KEY = "stop_seconds"
 """Under which a job's metadata say what it has: who comes back to it waits as long."""
 _LOOK_SECONDS = 0.2
 REFUSED_CODE = 2
+_NOT_STARTED = "JOB_ENTRYPOINT_COMMAND_START_ERROR"
+"""Ray's word for a job whose driver couldn't be started on the node that was chosen for it."""
 
 
 class JobLeft(Exception):
@@ -98,14 +101,15 @@ def submit(
     url = dashboard_url(watching.address)
     dashboard = Dashboard(url, check_dashboard(url))
     _say_where(config, there, console)
-    with tempfile.TemporaryDirectory(prefix="rayrlhf-") as folder:
-        archive = Path(folder) / "job.zip"
+    job = _name(config)
+    with ExitStack() as packed:
+        archive = Path(packed.enter_context(tempfile.TemporaryDirectory(prefix="rayrlhf-"))) / "job.zip"
         size = write_archive(archive, files, to_yaml(there))
         console.print(
             f"sending {len(files)} files of {root} ({size / (1 << 20):.1f} MiB packed) to {url}", soft_wrap=True
         )
-        job = _name(config)
-        try:
+        # From here on, Ctrl-C finds a job that may have been accepted.
+        with _left_by_interrupt(f"Interrupted while job {job} was sent; it may run. {_come_back(job, watching)}"):
             dashboard.submit(
                 archive,
                 env_vars={**_for_stopping(stop_seconds), **variables},
@@ -114,13 +118,12 @@ def submit(
                 entrypoint=_entrypoint(command, resume, console),
                 metadata={"rayrlhf": __version__, "run_dir": there.run_dir, _STOP_KEY: str(stop_seconds)},
             )
-        except KeyboardInterrupt:
-            raise JobLeft(f"Interrupted while job {job} was sent; it may run. {_come_back(job, watching)}") from None
-    console.print(f"job {job} is accepted", highlight=False)
-    if wait:
-        _watch(dashboard, job, watching)
-    else:
-        _say_how_to_come_back(job, watching)
+            packed.close()
+            console.print(f"job {job} is accepted", highlight=False)
+            if wait:
+                _watch(dashboard, job, watching)
+            else:
+                console.print(_come_back(job, watching), soft_wrap=True, highlight=False)
 
 
 def follow(job: str, watching: Watching) -> None:
@@ -218,16 +221,30 @@ def _entrypoint(command: str, resume: bool, console: Console) -> str:
 # -- watching ----------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _left_by_interrupt(words: str) -> Iterator[None]:
+    """Ctrl-C, where it isn't counted, leaves a job; these words say so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise JobLeft(words) from None
+
+
 def _watch(dashboard: Dashboard, job: str, watching: Watching) -> None:
     """Show the job until its end, and turn that into ours."""
     view = JobView(watching.console)
     interrupts = Interrupts()
-    try:
-        with interrupts.counted():
-            _show(dashboard, job, watching, view, interrupts)
-    finally:
-        view.end()
-    _conclude(dashboard.info(job), job)
+    with _left_by_interrupt(f"Left job {job}. {_come_back(job, watching)}"):
+        try:
+            with interrupts.counted():
+                _show(dashboard, job, watching, view, interrupts)
+        finally:
+            view.leave()
+        try:
+            end = dashboard.patiently(lambda: dashboard.info(job))
+        except (RunFailed, InputRefused) as error:
+            raise RunFailed(f"job {job} has ended, and how isn't known: {error}. {_follow(job, watching)}") from error
+        _conclude(end, job)
 
 
 def _show(dashboard: Dashboard, job: str, watching: Watching, view: JobView, interrupts: Interrupts) -> None:
@@ -238,6 +255,10 @@ def _show(dashboard: Dashboard, job: str, watching: Watching, view: JobView, int
         if piece.kind == "text":
             view.feed(piece.text)
         elif piece.kind == "end":
+            if piece.text:
+                watching.console.print(piece.text, style="yellow", soft_wrap=True, highlight=False)
+            else:
+                view.end()
             return
         else:
             raise RunFailed(f"lost sight of job {job}, which may go on: {piece.text}. {_come_back(job, watching)}")
@@ -263,7 +284,8 @@ def _interrupted(
     """After Ctrl-C: leave, stop, or watch on. Returns by when a job that is stopped must have ended; None: it goes on.
 
     Raises:
-        JobLeft: where that is the answer.
+        JobLeft: where that is the answer, or the answer to another Ctrl-C.
+        RunFailed: where it can't be told to stop.
     """
     choice: Choice
     if watching.on_interrupt != "ask":
@@ -278,9 +300,18 @@ def _interrupted(
     if choice == "watch":
         return None
     watching.console.print(f"stopping job {job} ...", highlight=False)
-    dashboard.stop(job)
-    given = (dashboard.info(job).metadata or {}).get(_STOP_KEY, STOP_SECONDS)
-    return time.monotonic() + float(given) + _KILLED_WITHIN
+
+    def stop() -> float:
+        dashboard.stop(job)
+        return float((dashboard.info(job).metadata or {}).get(_STOP_KEY, STOP_SECONDS))
+
+    left = f"Left job {job} while it was being stopped. {_come_back(job, watching)}"
+    try:
+        with _left_by_interrupt(left), interrupts.raised():
+            given = dashboard.patiently(stop)
+    except (RunFailed, InputRefused) as error:
+        raise RunFailed(f"job {job} may run on, though it was to stop: {error}. {_come_back(job, watching)}") from error
+    return time.monotonic() + given + _KILLED_WITHIN
 
 
 def _conclude(info: Any, job: str) -> None:
@@ -291,9 +322,11 @@ def _conclude(info: Any, job: str) -> None:
     if status == "STOPPED":
         raise RunFailed(f"job {job} was stopped; what it had written is in its run_dir")
     if code == REFUSED_CODE:
-        raise InputRefused(f"job {job} refused its input: its message is above")
-    if code is None:
+        raise InputRefused(f"job {job} refused its input: its message is above", started=True)
+    if code is None and (info.driver_node_id is None or info.error_type == _NOT_STARTED):
         raise RunFailed(f"job {job} never started: {_why(info)}")
+    if code is None:
+        raise RunFailed(f"job {job} was lost while it ran (training goes on with --resume): {_why(info)}")
     if code < 0 or code > 128:
         number = -code if code < 0 else code - 128
         raise RunFailed(f"job {job} was killed by signal {number} on the head node (9: it may have run out of memory)")
@@ -305,13 +338,9 @@ def _why(info: Any) -> str:
     return f"{info.error_type}: {message}" if info.error_type else message
 
 
-def _say_how_to_come_back(job: str, watching: Watching) -> None:
-    watching.console.print(_come_back(job, watching), soft_wrap=True, highlight=False)
+def _follow(job: str, watching: Watching) -> str:
+    return f"Watch it with `rayrlhf submit --follow {job} --address {shlex.quote(watching.address)}`"
 
 
 def _come_back(job: str, watching: Watching) -> str:
-    address = shlex.quote(watching.address)
-    return (
-        f"Watch it with `rayrlhf submit --follow {job} --address {address}`, "
-        f"stop it with `ray job stop {job} --address {address}`"
-    )
+    return f"{_follow(job, watching)}, stop it with `ray job stop {job} --address {shlex.quote(watching.address)}`"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import os
 import queue
@@ -29,6 +30,8 @@ CHECK_SECONDS = 9.5
 """For all of the first check together, names that don't resolve included."""
 CALL_SECONDS = (10.0, 60.0)
 """Of one request afterwards: to connect, and between two pieces of the answer."""
+UPLOAD_SECONDS = (60.0, 300.0)
+"""Of the request with the archive: for each 16 KiB of it, and for the dashboard to put it away before it answers."""
 SILENCE_SECONDS = 300.0
 """After so long without a word the log is asked for again: a connection that was cut may look like one that is quiet."""
 QUIET_SECONDS = 10.0
@@ -36,7 +39,7 @@ QUIET_SECONDS = 10.0
 PAUSE_SECONDS = (0.5, 8.0)
 """Before the log is asked for again, the first time, and at most."""
 LOST_SECONDS = 120.0
-"""How long a dashboard may be away before the job's log is given up."""
+"""How long a dashboard may be away before the job's log, or a question about it, is given up."""
 OLDEST_RAY = (2, 60)
 DEFAULT_PORT = 8265
 
@@ -44,7 +47,7 @@ _TOKEN_FILE = Path(".ray") / "auth_token"
 
 
 class Said(NamedTuple):
-    """A piece of a job's log, or that no more comes."""
+    """A piece of a job's log, or that no more comes: ``end`` with a text is that of a job whose log wasn't read to its end."""
 
     kind: Literal["text", "end", "lost"]
     text: str = ""
@@ -187,8 +190,12 @@ class Dashboard:
         class Client(JobSubmissionClient):
             """With deadlines, which Ray's own requests don't have."""
 
-            def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
-                return super()._do_request(method, endpoint, **{"timeout": CALL_SECONDS, **kwargs})
+            def _do_request(self, method: str, endpoint: str, *, data: bytes | None = None, **kwargs: Any) -> Any:
+                if data is None:
+                    return super()._do_request(method, endpoint, **{"timeout": CALL_SECONDS, **kwargs})
+                # Bytes would be sent at once, and all of them within the first of the timeouts, however many they are.
+                pieces = io.BytesIO(data)
+                return super()._do_request(method, endpoint, **{"timeout": UPLOAD_SECONDS, **kwargs, "data": pieces})
 
         for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -235,6 +242,22 @@ class Dashboard:
         with _told(self.url):
             self._client.stop_job(job)
 
+    def patiently(self, ask: Callable[[], T]) -> T:
+        """What ``ask`` returns, which is called again where a request fails, as long as for a log.
+
+        Raises:
+            RunFailed: where it fails to the end.
+        """
+        end, pause = time.monotonic() + LOST_SECONDS, PAUSE_SECONDS[0]
+        while True:
+            try:
+                return ask()
+            except RunFailed:
+                if time.monotonic() + pause > end:
+                    raise
+            time.sleep(pause)
+            pause = min(PAUSE_SECONDS[1], 2 * pause)
+
     def log(self, job: str) -> queue.Queue[Said]:
         """A queue into which a thread puts the job's log from its beginning, as it is written, then its end."""
         said: queue.Queue[Said] = queue.Queue()
@@ -264,9 +287,8 @@ class Dashboard:
             else:
                 away_since = away_since or now
                 if now - away_since > LOST_SECONDS:
-                    unread = Said("text", f"\nthe rest of the log can't be read: {problem}\n")
-                    for piece in [unread, Said("end")] if ended else [Said("lost", problem)]:
-                        said.put(piece)
+                    unread = Said("end", f"the rest of the log can't be read: {problem}")
+                    said.put(unread if ended else Said("lost", problem))
                     return
             time.sleep(pause)
             pause = min(PAUSE_SECONDS[1], 2 * pause) if problem else PAUSE_SECONDS[0]

@@ -19,8 +19,10 @@ __all__ = ["CONFIG_FILE", "named_paths", "shipped_files", "write_archive"]
 
 CONFIG_FILE = ".rayrlhf/config.yaml"
 """Where the configuration lies in the archive."""
-LIMIT_BYTES = 500 << 20
-"""Ray keeps the archive in its head node's memory, and takes 512 MiB at the most."""
+LIMIT_PACKED = 99 << 20
+"""Of the archive: Ray's dashboard takes no request of more than 100 MiB."""
+LIMIT_BYTES = 1 << 30
+"""Of the files: what is more would hardly come below the other limit, and isn't packed for minutes to find that out."""
 LIMIT_FILES = 50_000
 _NEVER = frozenset({".git", ".hg", ".venv", "venv", "node_modules", "__pycache__", ".tox"})
 """Folders that no job needs, wherever they lie; and those which tools keep for themselves (`_CACHES`)."""
@@ -185,16 +187,21 @@ def _is_ignored(path: Path, is_folder: bool, rules: Sequence[tuple[Path, Any]]) 
 def _check_size(root: Path, files: Files) -> None:
     sizes = {place: path.stat().st_size for place, path in files.items()}
     total = sum(sizes.values())
-    if total <= LIMIT_BYTES:
-        return
+    if total > LIMIT_BYTES:
+        raise _too_much(
+            f"{root} comes to {_mib(total)} in {len(files)} files, {_mib(LIMIT_BYTES)} can be packed", sizes
+        )
+
+
+def _too_much(what: str, sizes: Mapping[PurePosixPath, int]) -> InputRefused:
+    """That it can't be sent, with the largest parts of these sizes."""
     parts: Counter[str] = Counter()
     for place, size in sizes.items():
         parts["/".join(place.parts[:3])] += size
     largest = ", ".join(f"{name} ({_mib(size)})" for name, size in parts.most_common(_LISTED))
-    raise InputRefused(
-        f"{root} comes to {_mib(total)} in {len(files)} files, {_mib(LIMIT_BYTES)} can be sent. The largest parts: {largest}. "
-        "Models and data belong in a folder that the cluster's machines share, named by its absolute path; what isn't "
-        "needed goes into a .rayignore file"
+    return InputRefused(
+        f"{what}. The largest parts: {largest}. Models and data belong in a folder that the cluster's machines share, named "
+        "by its absolute path; what isn't needed goes into a .rayignore file"
     )
 
 
@@ -212,7 +219,7 @@ def write_archive(target: Path, files: Files, config_text: str) -> int:
         Its size in bytes.
 
     Raises:
-        InputRefused: where a file can't be read.
+        InputRefused: where a file can't be read; where the archive is too large, with the largest parts.
     """
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr(zipfile.ZipInfo(CONFIG_FILE), config_text)
@@ -226,4 +233,10 @@ def write_archive(target: Path, files: Files, config_text: str) -> int:
             except OSError as error:
                 raise InputRefused(f"{path} can't be read ({error.strerror}); name it in a .rayignore file") from error
             archive.writestr(entry, content, compresslevel=1)
-    return target.stat().st_size
+        packed = {PurePosixPath(entry.filename): entry.compress_size for entry in archive.infolist()}
+    size = target.stat().st_size
+    if size > LIMIT_PACKED:
+        raise _too_much(
+            f"packed it comes to {_mib(size)} in {len(packed)} files, {_mib(LIMIT_PACKED)} can be sent", packed
+        )
+    return size

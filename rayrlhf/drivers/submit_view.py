@@ -44,11 +44,18 @@ class JobView:
             self._line(line.removesuffix("\r"))
 
     def end(self) -> None:
-        """No more comes: a run that hasn't said how it ended has failed."""
+        """The log has ended: a run that hasn't said how it ended has failed."""
         if self._rest:
             self._line(self._rest)
             self._rest = ""
         self._close("failed")
+
+    def leave(self) -> None:
+        """No more is read, of a log that may go on: how the run ends isn't known here, and not said."""
+        self._rest = ""
+        if self._progress is not None:
+            self._progress.leave()
+            self._progress = None
 
     def paused(self) -> Any:
         """A context without the table, for a question."""

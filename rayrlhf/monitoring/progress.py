@@ -80,6 +80,10 @@ class Progress:
         self._hide_table()
         self._line(self._state.summary(), event={"close": self._state.outcome})
 
+    def leave(self) -> None:
+        """End the display of a run that goes on elsewhere: the table stays as it is, and no outcome is said."""
+        self._hide_table()
+
     def phase(self, name: str) -> None:
         """From now on the run is in this phase: ``rollout``, ``update``, ...; ``timing/NAME_s`` is its usual time."""
         with self._lock:

@@ -6,6 +6,11 @@ import signal
 
 import pytest
 
+from rayrlhf.config import dump_config, load_config
+from rayrlhf.drivers.checks import check_run_dir
+from rayrlhf.drivers.submit import _as_job
+from rayrlhf.errors import InputRefused
+from tests.conftest import ROOT
 from tests.drivers.runs import Finished, TinyWorld
 
 REWARD = "reward.sources.0.function=tests.drivers.runs:kills_the_process"
@@ -60,6 +65,21 @@ def test_resume_refuses_another_configuration(world: TinyWorld, whole: Finished)
     assert refused.returncode == 2
     assert "ppo.gamma is 0.5, but the run in" in refused.stderr and "seed is 9" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_run_s_folder_may_be_named_in_another_way(tmp_path, monkeypatch):
+    """A job has the absolute path of what the command here names from the folder in which it is given."""
+    monkeypatch.chdir(tmp_path)
+    here = load_config(ROOT / "tests" / "config" / "base.yaml", ["run_dir=runs/a"])
+    there = _as_job(here, tmp_path, resume=True)
+    assert there.run_dir == str(tmp_path / "runs" / "a") != here.run_dir
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    for begun, resumed in ((here, there), (there, here)):
+        dump_config(begun, folder / "config.yaml")
+        check_run_dir(resumed, resume=True)
+        with pytest.raises(InputRefused, match=r"--resume: seed is 9, but the run in .*runs/a has 0$"):
+            check_run_dir(resumed.model_copy(update={"seed": 9}), resume=True)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(world: TinyWorld, whole: Finished):

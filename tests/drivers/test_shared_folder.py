@@ -75,6 +75,7 @@ def test_a_rank_that_sees_another_folder_ends_the_run_before_its_first_step(
     with pytest.raises(InputRefused) as caught:
         world.train("apart")
     (problem,) = caught.value.problems  # one a machine
+    assert caught.value.started, "all roles were up"
     folder = world.folder / "apart"
     assert problem.startswith(f"run_dir: {folder} is not the same folder on node ")
     assert "policy rank 0 and critic rank 0 would write into it: cluster runs need a shared file system" in problem

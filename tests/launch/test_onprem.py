@@ -97,5 +97,11 @@ def test_a_start_that_fails_says_why(machines):
 def test_wrong_arguments(machines):
     for arguments in ([], ["worker"], ["up"], ["stop"]):
         done = onprem(machines, *arguments)
-        assert done.returncode == 2 and "onprem.sh up node-1" in done.stderr
+        assert done.returncode == 2 and done.stderr.startswith("bash launch/onprem.sh up node-1")
+        assert done.stderr.endswith("no other Ray.\n") and "set -" not in done.stderr
+    with open(ROOT / "launch" / "onprem.sh") as script:  # as it comes over ssh
+        piped = subprocess.run(
+            ["bash", "-s", "--", "stop"], env=machines, stdin=script, capture_output=True, text=True, timeout=60
+        )
+    assert (piped.returncode, piped.stderr) == (2, done.stderr)
     assert not Path(machines["LOG"]).exists()

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from rayrlhf.drivers import submit_cluster
-from rayrlhf.drivers.submit_cluster import check_dashboard, dashboard_url, find_token
+from rayrlhf.drivers.submit_cluster import Dashboard, check_dashboard, dashboard_url, find_token
 from rayrlhf.errors import InputRefused
 
 VERSION = json.dumps({"version": "4", "ray_version": "2.60.0"})
@@ -105,6 +105,51 @@ def test_two_slow_answers_have_one_deadline(serve, monkeypatch):
     monkeypatch.setattr(submit_cluster, "CHECK_SECONDS", 2.0)
     url = serve(lambda headers: (time.sleep(1.5), with_token(headers))[1])
     assert "no answer within 2 s" in refusal(url, {"RAY_AUTH_TOKEN": "right"})
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Takes an archive of any size, 2 MiB in 0.3 s."""
+
+    received = 0
+
+    def do_GET(self):
+        self.reply(*((200, VERSION) if self.path == "/api/version" else (404, "")))
+
+    def do_PUT(self):
+        left = int(self.headers["Content-Length"])
+        while left:
+            time.sleep(0.3)
+            left -= len(self.rfile.read(min(left, 2 << 20)))
+        type(self).received = int(self.headers["Content-Length"])
+        self.reply(200, "")
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply(200, json.dumps({"job_id": "a-1", "submission_id": "a-1"}))
+
+    def reply(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        """Nothing on the terminal."""
+
+
+def test_an_upload_may_take_longer_than_any_of_its_pieces(monkeypatch, tmp_path):
+    monkeypatch.setattr(submit_cluster, "CALL_SECONDS", (1.0, 10.0))
+    monkeypatch.setattr(submit_cluster, "UPLOAD_SECONDS", (1.0, 10.0))
+    archive = tmp_path / "job.zip"
+    archive.write_bytes(bytes(20 << 20))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        dashboard = Dashboard(f"http://127.0.0.1:{server.server_address[1]}", {})
+        begun = time.monotonic()
+        assert dashboard.submit(archive, env_vars={}, setup_hook="a.b", entrypoint="true") == "a-1"
+        assert time.monotonic() - begun > 2 and Slow.received == 20 << 20
+    finally:
+        server.shutdown()
 
 
 def test_a_name_that_takes_for_ever_to_look_up(monkeypatch):

@@ -11,25 +11,28 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
+from ray.dashboard.modules.job.pydantic_models import JobType
+from ray.job_submission import JobDetails
 from rich.console import Console
 
 from rayrlhf.config import load_config
 from rayrlhf.drivers import submit as module
+from rayrlhf.drivers import submit_cluster
 from rayrlhf.drivers.submit import JobLeft, Watching, _conclude, _entrypoint, _watch
-from rayrlhf.drivers.submit_cluster import Said
+from rayrlhf.drivers.submit_cluster import Dashboard, Said
 from rayrlhf.drivers.submit_command import run_submit
 from rayrlhf.errors import InputRefused, RunFailed
+from rayrlhf.monitoring.relay import event_text
 from tests.conftest import ROOT
 
 
-def info(
-    status: str, code: int | None = None, message: str = "", error_type: str | None = None, **more
-) -> SimpleNamespace:
-    found = {"status": status, "driver_exit_code": code, "message": message, "error_type": error_type, "metadata": more}
-    return SimpleNamespace(**found)
+def info(status: str, code: int | None = None, error_type: str | None = None, node: str | None = "f0", **more: str):
+    """What Ray's client gives of a job; ``node`` is where its driver was started, which Ray knows from then on."""
+    found = {"status": status, "driver_exit_code": code, "error_type": error_type, "driver_node_id": node}
+    return JobDetails(type=JobType.SUBMISSION, entrypoint="true", message="no space left", metadata=more, **found)
 
 
 @pytest.mark.parametrize(
@@ -42,18 +45,28 @@ def info(
         (info("FAILED", 137), RunFailed, "killed by signal 9"),
         (info("STOPPED"), RunFailed, "was stopped"),
         (
-            info("FAILED", None, "no space left", "RUNTIME_ENV_SETUP_FAILURE"),
+            info("FAILED", None, "RUNTIME_ENV_SETUP_FAILURE", None),
             RunFailed,
             "never started: RUNTIME_ENV_SETUP_FAILURE: no space left",
         ),
+        (info("FAILED", None, "JOB_SUPERVISOR_ACTOR_DIED", None), RunFailed, "never started"),
+        (info("FAILED", None, "JOB_ENTRYPOINT_COMMAND_START_ERROR"), RunFailed, "never started"),
+        (
+            info("FAILED", None, "JOB_SUPERVISOR_ACTOR_DIED"),
+            RunFailed,
+            r"was lost while it ran \(.*--resume\): JOB_SUPERVISOR_ACTOR_DIED: no space left",
+        ),
+        # Ray's word where a head that comes back finds a job without the process that watched over it.
+        (info("FAILED", None, "JOB_SUPERVISOR_ACTOR_START_FAILURE"), RunFailed, "was lost while it ran"),
     ],
 )
 def test_ends(end, error, words):
     if error is None:
         _conclude(end, "a-1")
     else:
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=words) as raised:
             _conclude(end, "a-1")
+        assert getattr(raised.value, "started", True), "nobody says that nothing was started"
 
 
 class Cluster:
@@ -66,22 +79,35 @@ class Cluster:
             self.queue.put(piece)
         self.stopped = 0
         self.obeys = obeys
+        self.failures = {"stop": 0, "info": 0}
+        """How many requests fail."""
+
+    patiently = Dashboard.patiently
 
     def log(self, job: str):
         return self.queue
 
+    def request(self, kind: str) -> None:
+        self.failures[kind] -= 1
+        if self.failures[kind] >= 0:
+            raise RunFailed("502 Bad Gateway")
+
     def stop(self, job: str) -> None:
+        self.request("stop")
         self.stopped += 1
         if self.obeys:
             self.queue.put(Said("end"))
 
     def info(self, job: str):
+        self.request("info")
         return info("STOPPED", **self.metadata) if self.stopped else info("SUCCEEDED", 0)
 
 
-def watch(cluster: Cluster, on_interrupt: str = "ask", *, interrupts: int = 0) -> str:
+def watch(
+    cluster: Cluster, on_interrupt: str = "ask", *, interrupts: int = 0, printed: io.StringIO | None = None
+) -> str:
     """Watch a job, with Ctrl-C so many times; gives what was printed."""
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=printed or io.StringIO(), width=200)
     timers = [threading.Timer(0.4 + k, os.kill, (os.getpid(), signal.SIGINT)) for k in range(interrupts)]
     for timer in timers:
         timer.start()
@@ -95,6 +121,62 @@ def watch(cluster: Cluster, on_interrupt: str = "ask", *, interrupts: int = 0) -
 
 def test_a_job_is_shown_to_its_end():
     assert watch(Cluster([Said("text", "hel"), Said("text", "lo\n"), Said("end")])) == "hello\n"
+
+
+LOG = "starting" + event_text(0.0, {"open": {"mode": "lines", "total_steps": 200, "run_dir": None, "history": []}})
+LOG += "\nphase" + event_text(1.0, {"phase": "rollout"}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "obeys", "on_interrupt", "end"),
+    [
+        ([], True, "leave", "which goes on"),
+        ([Said("lost", "no route")], True, "leave", "lost sight"),
+        ([], False, "stop", "was told to stop, and runs on"),
+        ([Said("end", "the rest of the log can't be read: no route")], True, "leave", None),
+        ([Said("end")], True, "leave", None),
+    ],
+)
+def test_a_run_has_failed_only_where_its_log_ends_so(monkeypatch, said, obeys, on_interrupt, end):
+    monkeypatch.setattr(module, "_KILLED_WITHIN", 0)
+    cluster, printed = Cluster([Said("text", LOG), *said], obeys=obeys, stop_seconds="0"), io.StringIO()
+    if end is None:
+        watch(cluster, printed=printed)
+        assert said[0].text in printed.getvalue()
+    else:
+        with pytest.raises((JobLeft, RunFailed), match=end):
+            watch(cluster, on_interrupt, interrupts=0 if said else 1, printed=printed)
+    assert "phase: rollout" in printed.getvalue()
+    assert ("failed: 0 of 200 steps" in printed.getvalue()) == (said == [Said("end")])
+
+
+@pytest.mark.parametrize(("kind", "interrupts"), [("stop", 1), ("info", 1), ("info", 0)])
+def test_requests_that_fail_are_repeated(monkeypatch, kind, interrupts):
+    monkeypatch.setattr(submit_cluster, "PAUSE_SECONDS", (0.05, 0.1))
+    cluster = Cluster([] if interrupts else [Said("end")])
+    cluster.failures[kind] = 2
+    if interrupts:
+        with pytest.raises(RunFailed, match="was stopped"):
+            watch(cluster, "stop", interrupts=1)
+    else:
+        watch(cluster)
+    monkeypatch.setattr(submit_cluster, "LOST_SECONDS", 0.2)
+    cluster = Cluster([] if interrupts else [Said("end")])
+    cluster.failures[kind] = 1000
+    words = "may run on, though it was to stop" if interrupts else "has ended, and how isn't known"
+    with pytest.raises(RunFailed, match=f"job a-1 {words}: 502 Bad Gateway.*rayrlhf submit --follow a-1"):
+        watch(cluster, "stop", interrupts=interrupts)
+
+
+def test_ctrl_c_ends_the_repetitions():
+    cluster = Cluster([])
+    cluster.failures["stop"] = 1000
+    with pytest.raises(JobLeft, match="Left job a-1 while it was being stopped"):
+        watch(cluster, "stop", interrupts=2)
+    cluster = Cluster([Said("end")])
+    cluster.failures["info"] = 1000
+    with pytest.raises(JobLeft, match=r"Left job a-1\. Watch it with"):
+        watch(cluster, interrupts=1)
 
 
 def test_a_job_that_is_out_of_sight():
@@ -150,17 +232,29 @@ def test_on_a_terminal_it_can_go_on(monkeypatch):
     assert "leave it running, stop it, watch on?" in watch(cluster, "ask", interrupts=1)
 
 
-def test_ctrl_c_while_a_job_is_sent_says_that_it_may_run(monkeypatch, tmp_path):
+@pytest.mark.parametrize("accepted", [False, True])
+def test_ctrl_c_while_a_job_is_sent_says_that_it_may_run(monkeypatch, tmp_path, accepted):
+    """Also in the moment between the dashboard's word and the first look at the log."""
+
     class Sending:
         def __init__(self, *_):
             pass
 
-        def submit(self, *_, submission_id: str, env_vars: dict[str, str], metadata: dict[str, str], **__):
-            self.asked.append(submission_id)
-            assert env_vars["RAY_JOB_STOP_WAIT_TIME_S"] == metadata["stop_seconds"] == "270"
-            raise KeyboardInterrupt
+        def submit(
+            self, archive: Path, *, submission_id: str, env_vars: dict[str, str], metadata: dict[str, str], **__
+        ):
+            self.asked.append((submission_id, archive))
+            assert env_vars["RAY_JOB_STOP_WAIT_TIME_S"] == metadata["stop_seconds"] == "270" and archive.exists()
+            if not accepted:
+                raise KeyboardInterrupt
 
-        asked: list[str] = []  # noqa: RUF012
+        asked: list[tuple[str, Path]] = []  # noqa: RUF012
+
+    class Impatient(Console):
+        def print(self, *objects, **kwargs):
+            super().print(*objects, **kwargs)
+            if str(objects[0]).endswith("is accepted"):
+                raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "Dashboard", Sending)
     monkeypatch.setattr(module, "check_dashboard", lambda url: {})
@@ -168,10 +262,11 @@ def test_ctrl_c_while_a_job_is_sent_says_that_it_may_run(monkeypatch, tmp_path):
     config = load_config(
         ROOT / "tests" / "config" / "base.yaml", [f"run_dir={tmp_path}/run", f"data.prompts={tmp_path}/data"]
     )
-    watching = Watching("http://head:8265", "ask", Console(file=io.StringIO(), width=200))
+    watching = Watching("http://head:8265", "ask", Impatient(file=io.StringIO(), width=200))
     with pytest.raises(JobLeft) as left:
-        module.submit(config, watching, root=tmp_path, stop_seconds=270)
-    (job,) = Sending.asked
+        module.submit(config, watching, root=tmp_path, stop_seconds=270, wait=False)
+    ((job, archive),) = Sending.asked
+    assert not archive.exists()
     assert f"job {job} was sent; it may run" in str(left.value) and f"--follow {job}" in str(left.value)
 
 

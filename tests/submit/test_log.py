@@ -119,6 +119,19 @@ def test_a_log_that_is_silent_after_the_job_has_ended_is_asked_for_anew(monkeypa
     assert "".join(piece.text for piece in pieces) == TEXT and last.kind == "end" and not client.connections
 
 
+def test_a_request_that_fails_for_a_moment_is_repeated(monkeypatch):
+    dashboard = Dashboard.__new__(Dashboard)
+    dashboard.url = "http://head:8265"
+    dashboard._client = Client([], [RuntimeError("502 Bad Gateway"), ConnectionError("reset"), JobStatus.SUCCEEDED])
+    with pytest.raises(RunFailed, match="502 Bad Gateway"):
+        dashboard.info("a-1")
+    assert dashboard.patiently(lambda: dashboard.info("a-1")).status == JobStatus.SUCCEEDED
+    monkeypatch.setattr(submit_cluster, "LOST_SECONDS", 0.2)
+    dashboard._client = Client([], [RuntimeError("502 Bad Gateway")])
+    with pytest.raises(RunFailed, match="502 Bad Gateway"):
+        dashboard.patiently(lambda: dashboard.info("a-1"))
+
+
 def test_failures_of_requests_are_one_line():
     dashboard = Dashboard.__new__(Dashboard)
     dashboard.url = "http://head:8265"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 
 from rayrlhf.config import load_config
 from rayrlhf.drivers import submit_package
@@ -116,10 +118,23 @@ def test_too_much_is_refused_with_the_largest_parts(project, monkeypatch):
     with pytest.raises(InputRefused) as refused:
         shipped_files(project)
     (problem,) = refused.value.problems
-    assert "20.0 MiB can be sent" in problem and "largest parts: sub/weights.bin (30.0 MiB)" in problem
+    assert "20.0 MiB can be packed" in problem and "largest parts: sub/weights.bin (30.0 MiB)" in problem
     monkeypatch.setattr(submit_package, "LIMIT_FILES", 10)
     with pytest.raises(InputRefused, match="more than 10 files"):
         shipped_files(project)
+
+
+def test_an_archive_that_the_dashboard_does_not_take_is_refused(project, tmp_path, monkeypatch):
+    """What counts is what is sent: 30 MiB that pack well can go, 8 that don't can't."""
+    assert submit_package.LIMIT_PACKED < DASHBOARD_CLIENT_MAX_SIZE
+    monkeypatch.setattr(submit_package, "LIMIT_PACKED", 6 << 20)
+    (project / "zeros.txt").write_bytes(bytes(30 << 20))
+    assert write_archive(tmp_path / "job.zip", shipped_files(project), "seed: 1\n") < 6 << 20
+    (project / "sub" / "model.bin").write_bytes(random.Random(1).randbytes(8 << 20))
+    with pytest.raises(InputRefused) as refused:
+        write_archive(tmp_path / "job.zip", shipped_files(project), "seed: 1\n")
+    (problem,) = refused.value.problems
+    assert "6.0 MiB can be sent" in problem and "largest parts: sub/model.bin (8.0 MiB)" in problem
 
 
 def test_links_are_followed_and_never_in_circles(project):

@@ -101,6 +101,16 @@ def test_a_run_that_says_no_more_has_failed(log):
     assert "failed: 5 of 5 steps" in written(console)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_whoever_leaves_a_run_is_not_told_how_it_ended(log, terminal):
+    console = screen(terminal=terminal)
+    view = JobView(console)
+    view.feed(log[: log.index("warning: KL is high") + 9])
+    view.leave()
+    shown = written(console)
+    assert "5" in shown and "failed" not in shown and "done" not in shown and "\x1e" not in shown
+
+
 def test_times_are_the_jobs(monkeypatch):
     """Whoever comes back to a job hours later sees its times, not those since he came."""
     monkeypatch.setenv(RELAY_VARIABLE, "1")
