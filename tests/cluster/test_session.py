@@ -89,6 +89,18 @@ def test_a_ray_that_does_not_come_up_is_a_failed_run_with_its_logs(monkeypatch):
     os.rmdir(folder)
 
 
+@pytest.mark.parametrize(("ends", "kept"), [(InputRefused("no such module"), False), (RunFailed("it died"), True)])
+def test_the_files_of_a_ray_of_its_own_outlast_a_failure_and_not_a_refusal(monkeypatch, tmp_path, ends, kept):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(ray, name, lambda **_: None)
+    folder = tmp_path / "files"
+    monkeypatch.setattr(session, "_short_folder", lambda: folder.mkdir() or str(folder))
+    with pytest.raises(type(ends)), ray_session(ClusterConfig()):
+        raise ends
+    assert folder.is_dir() is kept
+
+
 def test_unreachable_address_is_refused_soon(monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
