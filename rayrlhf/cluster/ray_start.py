@@ -20,7 +20,8 @@ from rayrlhf.cluster import session
 from rayrlhf.cluster.errors import START, Failure, RoleFailed
 from rayrlhf.cluster.group import Group
 from rayrlhf.cluster.nodes import Node, NodeWatch, live_nodes
-from rayrlhf.cluster.ray_group import ActorGroup, end_processes
+from rayrlhf.cluster.ray_end import end_processes
+from rayrlhf.cluster.ray_group import ActorGroup
 from rayrlhf.cluster.ray_logs import last_lines
 from rayrlhf.cluster.ray_pending import Deadline, Members, answer, collect_failures, is_failure, root_failure
 from rayrlhf.cluster.ray_placement import Reservation
