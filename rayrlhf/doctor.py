@@ -13,6 +13,8 @@ from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 
+from rayrlhf.cores import usable_cores
+
 __all__ = ["Finding", "examine", "findings"]
 
 GIB = 2**30
@@ -85,7 +87,7 @@ def _vllm() -> Finding:
 
 
 def _cores() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return Finding("cores", f"{cores}", "ok" if cores > 1 else "note", "two or more make the quickstart bearable")
 
 

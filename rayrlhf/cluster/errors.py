@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rayrlhf.errors import RunFailed
+from rayrlhf.errors import InputRefused, RunFailed
 
 __all__ = ["Failure", "RoleFailed"]
 
@@ -27,6 +27,8 @@ class Failure:
     """The innermost frames, outermost of them first."""
     time: float = field(default_factory=time.time)
     """When it happened, in seconds since the epoch."""
+    problems: tuple[str, ...] = ()
+    """What an `InputRefused` lists; nothing for any other exception."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
@@ -35,7 +37,9 @@ class Failure:
             f"{f.filename}:{f.lineno} in {f.name}" + (f": {f.line}" if f.line else "")
             for f in traceback.extract_tb(error.__traceback__)
         ]
-        return cls(type(error).__name__ + (f": {message}" if message else ""), tuple(frames[-FRAMES_SHOWN:]))
+        cause = type(error).__name__ + (f": {message}" if message else "")
+        problems = tuple(error.problems) if isinstance(error, InputRefused) else ()
+        return cls(cause, tuple(frames[-FRAMES_SHOWN:]), problems=problems)
 
 
 class RoleFailed(RunFailed):

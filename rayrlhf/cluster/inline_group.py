@@ -122,9 +122,9 @@ def start_inline(specs: Sequence[RoleSpec], settings: ClusterConfig) -> dict[str
     """Build every role in this process, in the order given.
 
     Raises:
-        InputRefused: where a role has several ranks, or several GPUs for one.
-        RoleFailed: where a role's check, which all pass before any is built, or its constructor raises; chained to its
-            exception.
+        InputRefused: where a role has several ranks, or several GPUs for one; or where roles refuse what they were given.
+        RoleFailed: where a role's check, which all pass before any is built, or its constructor raises anything else; chained
+            to its exception.
     """
     several = [
         f"{spec.name}: {spec.ranks} ranks; cluster.executor=inline has one process, so ranks must be 1"
@@ -143,9 +143,7 @@ def start_inline(specs: Sequence[RoleSpec], settings: ClusterConfig) -> dict[str
             os.environ.setdefault(name, value)
     groups: dict[str, Group] = {}
     try:
-        for spec in specs:
-            with _told(spec):
-                check_role(spec.build, spec.kwargs)
+        _check(specs)
         for spec in specs:
             groups[spec.name] = InlineGroup(spec.name, _build(spec, settings))
     except BaseException:
@@ -153,6 +151,18 @@ def start_inline(specs: Sequence[RoleSpec], settings: ClusterConfig) -> dict[str
             group.close()
         raise
     return groups
+
+
+def _check(specs: Sequence[RoleSpec]) -> None:
+    refused: list[str] = []
+    for spec in specs:
+        try:
+            with _told(spec):
+                check_role(spec.build, spec.kwargs)
+        except InputRefused as error:
+            refused += error.problems
+    if refused:
+        raise InputRefused(refused)
 
 
 def _build(spec: RoleSpec, settings: ClusterConfig) -> Any:
@@ -169,5 +179,7 @@ def _told(spec: RoleSpec) -> Iterator[None]:
     """Within it an exception is told as that of the role's start."""
     try:
         yield
+    except InputRefused as refused:
+        raise InputRefused(f"{spec.name}: {problem}" for problem in refused.problems) from refused
     except Exception as error:
         raise RoleFailed.raised(spec.name, 0, START, Failure.of(error)) from error

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
 
 from rayrlhf.batch import Batch
 from rayrlhf.cluster.columns import Block, WireBatch, from_wire, refer, stage, to_wire_value
 from rayrlhf.cluster.group import Group, Pending
-from rayrlhf.cluster.nodes import lost_nodes
+from rayrlhf.cluster.ray_end import end_processes
 from rayrlhf.cluster.ray_pending import Deadline, Members, RayPending, RayStream, ask_quietly
-from rayrlhf.cluster.ray_process import ProcessInfo
 from rayrlhf.cluster.ray_share import PileHolder, WireShare, lay_out
 from rayrlhf.cluster.split import inverse, split_by_tokens
 
-__all__ = ["ActorGroup", "end_processes"]
+__all__ = ["ActorGroup"]
 
 CLOSE_SECONDS = 5.0
-END_SECONDS = 10.0
-
-log = logging.getLogger(__name__)
 
 
 class ActorGroup(Group):
@@ -134,42 +127,3 @@ class ActorGroup(Group):
         if self._closes and self._members.broken is None:
             ask_quietly([handle.close.remote() for handle in handles], CLOSE_SECONDS)
         end_processes(list(zip(handles, self._members.infos, strict=False)))
-
-
-def end_processes(processes: Sequence[tuple[Any, ProcessInfo | None]]) -> None:
-    """Kill actors, and wait until their processes are gone: they hold memory and GPUs until then."""
-    if not ray.is_initialized():
-        return
-    for handle, _ in processes:
-        ray.kill(handle, no_restart=True)
-    end = time.monotonic() + END_SECONDS
-    here = ray.get_runtime_context().get_node_id()
-    lost = lost_nodes(info.node_id for _, info in processes if info is not None)
-    for handle, info in processes:
-        if info is not None and info.node_id in lost:
-            continue  # Ray would only say so half a minute later
-        if not _is_dead(handle, max(0.1, end - time.monotonic())):
-            log.warning("%s was told to end and still runs after %g s", info or "a process", END_SECONDS)
-    for info in (info for _, info in processes if info is not None and info.node_id == here):
-        while _runs(info.pid) and time.monotonic() < end:
-            time.sleep(0.01)
-
-
-def _is_dead(handle: Any, timeout: float) -> bool:
-    """Whether Ray knows that an actor is gone; it has several errors for that, one for each way to die."""
-    try:
-        ray.get(handle.describe.remote(), timeout=timeout)
-    except GetTimeoutError:
-        return False
-    except RayError:
-        return True
-    return False
-
-
-def _runs(pid: int) -> bool:
-    """Whether the process of this number runs here; a zombie doesn't. Without /proc (macOS) Ray's word is enough."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False

@@ -23,7 +23,8 @@ from rayrlhf.cluster.columns import WireBatch, from_wire, to_wire
 from rayrlhf.cluster.errors import Failure
 from rayrlhf.cluster.group import check_chunk, check_new_columns
 from rayrlhf.cluster.ray_share import RemoteShare, WireShare
-from rayrlhf.cluster.spec import THREADS_VARIABLE, load_class, usable_cores
+from rayrlhf.cluster.spec import THREADS_VARIABLE, load_class
+from rayrlhf.cores import usable_cores
 from rayrlhf.importing import take_over_process
 from rayrlhf.models.world import World
 

@@ -20,13 +20,15 @@ from rayrlhf.cluster import session
 from rayrlhf.cluster.errors import START, Failure, RoleFailed
 from rayrlhf.cluster.group import Group
 from rayrlhf.cluster.nodes import Node, NodeWatch, live_nodes
-from rayrlhf.cluster.ray_group import ActorGroup, end_processes
+from rayrlhf.cluster.ray_end import end_processes
+from rayrlhf.cluster.ray_group import ActorGroup
 from rayrlhf.cluster.ray_logs import last_lines
 from rayrlhf.cluster.ray_pending import Deadline, Members, answer, collect_failures, is_failure, root_failure
 from rayrlhf.cluster.ray_placement import Reservation
 from rayrlhf.cluster.ray_process import RoleProcess
 from rayrlhf.cluster.spec import THREADS_VARIABLE, RoleSpec, process_env, thread_count, wanted_threads
 from rayrlhf.config.base import ClusterConfig
+from rayrlhf.errors import InputRefused
 from rayrlhf.models.world import World
 
 __all__ = ["check_session", "start_on_ray"]
@@ -68,7 +70,8 @@ class _Start:
         """Until everything is up.
 
         Raises:
-            RoleFailed: at the first failure, or when time is over.
+            InputRefused: where roles refuse what they were given, with all that those say which have found it by then.
+            RoleFailed: at the first other failure, or when time is over.
         """
         deadline = Deadline(None, self.settings.start_timeout_s, "cluster.start_timeout_s")
         for number, process in enumerate(self.processes):
@@ -90,6 +93,8 @@ class _Start:
         if is_failure(value):
             problems = collect_failures(self.waiting, {number: value})
             number, problem = root_failure(problems)
+            if isinstance(problem, Failure) and problem.problems:
+                raise self._refused(problems)
             raise self._failed(self.processes[number], problem)
         if ref in self.looks:
             self.looks.discard(ref)
@@ -172,6 +177,18 @@ class _Start:
         process = next(p for p in self.processes if p.node == node)
         cause = f"its node {node.name} left the cluster: it no longer answers"
         return RoleFailed.died(process.spec.name, process.rank, START, cause, process.members.log(process.rank))
+
+    def _refused(self, problems: dict[int, Failure | RayError]) -> InputRefused:
+        """One line for each thing that a role refuses, with the first of its ranks on each node that does."""
+        found: dict[tuple[str, str], dict[str, int]] = {}
+        for number, problem in sorted(problems.items()):
+            process = self.processes[number]
+            for line in problem.problems if isinstance(problem, Failure) else ():
+                found.setdefault((process.spec.name, line), {}).setdefault(process.node.name, process.rank)
+        return InputRefused(
+            f"{role} {', '.join(f'rank {rank} on {node}' for node, rank in ranks.items())}: {line}"
+            for (role, line), ranks in found.items()
+        )
 
     @staticmethod
     def _failed(process: _Process, problem: Failure | RayError) -> RoleFailed:

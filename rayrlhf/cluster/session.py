@@ -50,7 +50,8 @@ def ray_session(settings: ClusterConfig) -> Iterator[None]:
     Where this process is connected already, that Ray is used and left as it is. Without ``settings.address`` a Ray of
     its own is started and ended; several on one machine don't meet. With an address that cluster is joined and left,
     never ended. Ray's own messages go to the log ``rayrlhf.cluster.session``, not to the terminal. The files of a Ray
-    of one's own (logs of all roles) are removed after a success, and kept after an error, which names them.
+    of one's own (logs of all roles) are removed after a success and after a refusal, and kept after another error, which
+    names them.
 
     Raises:
         InputRefused: where no Ray answers at the address.
@@ -82,7 +83,7 @@ def _own_ray(settings: ClusterConfig) -> Iterator[None]:
 
     global _private
     folder = _short_folder()
-    succeeded = False
+    keep = True
     try:
         with _environment(_QUICK):
             try:
@@ -99,11 +100,14 @@ def _own_ray(settings: ClusterConfig) -> Iterator[None]:
                 raise RunFailed(f"Ray did not come up on this machine: {error}. Its logs: {folder}") from error
         _private = True
         yield
-        succeeded = True
+        keep = False
+    except InputRefused:
+        keep = False
+        raise
     finally:
         _private = False
         ray.shutdown()
-        if succeeded:
+        if not keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rayrlhf.cluster.session import JOB_VARIABLE
 from rayrlhf.config.base import ClusterConfig
+from rayrlhf.cores import usable_cores
 from rayrlhf.importing import quick_imports
 
 __all__ = [
@@ -19,7 +20,6 @@ __all__ = [
     "load_class",
     "process_env",
     "thread_count",
-    "usable_cores",
     "wanted_threads",
 ]
 
@@ -92,13 +92,6 @@ def wanted_threads(settings: ClusterConfig, env: Mapping[str, str] = os.environ)
         env = (json.loads(env[JOB_VARIABLE]).get("runtime_env") or {}).get("env_vars") or {}
     wanted = env.get(THREADS_VARIABLE, "")
     return int(wanted) if wanted.isdigit() and int(wanted) > 0 else None
-
-
-def usable_cores() -> int:
-    """Cores of this machine that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def thread_count(settings: ClusterConfig) -> int:

@@ -82,7 +82,7 @@ def start_groups(
 
     Raises:
         InputRefused: where the roles can't be placed: several ranks inline, or more GPUs than the cluster has, or gets until
-            cluster.placement_timeout_s.
+            cluster.placement_timeout_s; or where roles refuse what they were given, in `check_role` or when they are built.
         RunFailed: where others hold the GPUs for longer than cluster.placement_timeout_s.
         RoleFailed: with the role, the rank, its own exception and its log, where one fails to start or is too late.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from rayrlhf.actors.rollout import RolloutEngine
 from rayrlhf.batch import Batch
 from rayrlhf.config.schema import RolloutConfig
+from rayrlhf.cores import usable_cores
 from rayrlhf.data import Prompt
 from rayrlhf.data.tokens import PromptTokenizer
 from rayrlhf.drivers.experience import prompt_batch
@@ -58,7 +58,7 @@ def generate(
     if limit is not None and longest + max_tokens > limit:
         raise InputRefused(f"prompt and --max-tokens make {longest + max_tokens} tokens; {model} reads at most {limit}")
     engine = RolloutEngine(
-        World(0, 1, "127.0.0.1", 0, "cpu", len(os.sched_getaffinity(0))),
+        World(0, 1, "127.0.0.1", 0, "cpu", usable_cores()),
         model_path=model,
         config=RolloutConfig(engine="transformers", max_response_tokens=max_tokens, temperature=temperature),
         dtype="float32",

@@ -300,7 +300,8 @@ def launch_offline(
     """Check everything, show the plan, and start all roles.
 
     Raises:
-        InputRefused: before anything was started; or where the trained role's machines don't share the run's folder.
+        InputRefused: before anything was started; or where a role refuses what it was given, or the trained role's machines don't
+            share the run's folder. No run is left behind then.
         RunFailed: where a role can't come up; its own message is in it.
     """
     prepared = prepare_examples(config, resume=resume)

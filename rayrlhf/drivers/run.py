@@ -245,7 +245,8 @@ def launch(
         console: where progress is shown; standard output by default.
 
     Raises:
-        InputRefused: before anything was started; or where the trained roles' machines don't share the run's folder.
+        InputRefused: before anything was started; or where a role refuses what it was given, or the trained roles' machines don't
+            share the run's folder. No run is left behind then.
         RunFailed: where a role can't come up; its own message is in it.
     """
     if isinstance(config, str | os.PathLike):

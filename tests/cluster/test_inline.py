@@ -14,6 +14,7 @@ from rayrlhf.cluster.errors import RoleFailed
 from rayrlhf.cluster.spec import RoleSpec, process_env, thread_count, wanted_threads
 from rayrlhf.cluster.start import start_groups
 from rayrlhf.config.base import ClusterConfig
+from rayrlhf.cores import usable_cores
 from rayrlhf.errors import InputRefused
 
 
@@ -61,6 +62,11 @@ def test_what_a_role_finds_wrong_with_its_arguments_is_told_before_any_is_built(
     with pytest.raises(RoleFailed, match="two rank 0 failed to start: LookupError: wrong") as caught:
         start_groups([spec("one"), spec("two", wrong="wrong")], executor="inline", settings=SETTINGS)
     assert isinstance(caught.value.__cause__, LookupError) and not (tmp_path / "notes").exists()
+    with pytest.raises(InputRefused) as refused:
+        both = [spec("one", refused="no such module; no such folder"), spec("two", refused="no package")]
+        start_groups(both, executor="inline", settings=SETTINGS)
+    assert refused.value.problems == ["one: no such module", "one: no such folder", "two: no package"]
+    assert not (tmp_path / "notes").exists()
 
 
 def test_failed_constructor_keeps_its_exception_and_closes_what_was_up(tmp_path):
@@ -116,7 +122,7 @@ def test_threads(monkeypatch):
     assert thread_count(ClusterConfig(threads=3)) == 3
     assert thread_count(ClusterConfig()) == 5
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert thread_count(ClusterConfig()) == len(os.sched_getaffinity(0))
+    assert thread_count(ClusterConfig()) == usable_cores()
     assert wanted_threads(ClusterConfig()) is None
     env = process_env(RoleSpec("a", "m:C", env={"OMP_NUM_THREADS": "1", "X": "y"}), ClusterConfig(), 3)
     assert env == {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "X": "y"}

@@ -15,7 +15,7 @@ import torch
 from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayError
 from toy_setup import HERE
 
-from rayrlhf.cluster import columns, ray_group, session
+from rayrlhf.cluster import columns, ray_end, session
 from rayrlhf.cluster.nodes import ASK_SECONDS, Node, NodeWatch, unanswering
 from rayrlhf.cluster.ray_logs import cause_of_death, read_tail
 from rayrlhf.cluster.ray_process import interface_of
@@ -87,6 +87,18 @@ def test_a_ray_that_does_not_come_up_is_a_failed_run_with_its_logs(monkeypatch):
     folder = str(told.value).rpartition("Its logs: ")[2]
     assert os.path.isdir(folder)
     os.rmdir(folder)
+
+
+@pytest.mark.parametrize(("ends", "kept"), [(InputRefused("no such module"), False), (RunFailed("it died"), True)])
+def test_the_files_of_a_ray_of_its_own_outlast_a_failure_and_not_a_refusal(monkeypatch, tmp_path, ends, kept):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(ray, name, lambda **_: None)
+    folder = tmp_path / "files"
+    monkeypatch.setattr(session, "_short_folder", lambda: folder.mkdir() or str(folder))
+    with pytest.raises(type(ends)), ray_session(ClusterConfig()):
+        raise ends
+    assert folder.is_dir() is kept
 
 
 def test_unreachable_address_is_refused_soon(monkeypatch):
@@ -205,8 +217,35 @@ def test_every_way_to_die_counts_as_dead_when_a_group_is_closed(monkeypatch, err
     def get(*_, **__):
         raise error
 
-    monkeypatch.setattr(ray_group.ray, "get", get)
-    assert ray_group._is_dead(Mock(), 1.0) is dead
+    monkeypatch.setattr(ray_end.ray, "get", get)
+    assert ray_end._is_dead(Mock(), 1.0) is dead
+
+
+def test_processes_of_this_machine_are_gone_when_they_no_longer_run():
+    ended = subprocess.Popen([sys.executable, "-c", ""])  # a zombie until it is waited for
+    assert ray_end._until_gone([ended.pid], 20.0) == []
+    assert ray_end._until_gone([ended.pid, os.getpid()], 0.05) == [os.getpid()]
+    ended.wait()
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        ([], ""),
+        ([7], "processes [7] of node n were told to end, and weren't gone after 10 s"),
+        (GetTimeoutError("x"), "processes [7, 8] of node n were told to end, and weren't gone after 10 s"),
+        (ActorDiedError(), "node n can't say whether its processes [7, 8] are gone: The actor died"),
+    ],
+)
+def test_what_a_node_says_of_processes_that_end_there(monkeypatch, caplog, answer, said):
+    def get(*_, **__):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray_end.ray, "get", get)
+    ray_end._hear({Mock(): ("n", [7, 8])}, time.monotonic())
+    assert [record.getMessage()[: len(said)] for record in caplog.records] == [said] * bool(said)
 
 
 def test_tail_is_of_stderr_else_of_stdout_without_rays_own_lines(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from rayrlhf.cluster.session import ray_session
 from rayrlhf.cluster.spec import RoleSpec
 from rayrlhf.cluster.start import start_groups
 from rayrlhf.config.base import ClusterConfig, NodeConfig
+from rayrlhf.errors import InputRefused
 
 SETTINGS = ClusterConfig(threads=1, nodes=[NodeConfig(gpus=3)], start_timeout_s=200, call_timeout_s=60)
 PATH = os.pathsep.join([HERE, os.path.dirname(os.path.dirname(HERE))])
@@ -82,18 +84,29 @@ def test_a_module_without_the_class_is_told_before_its_turn(notes: Notes):
     assert time.monotonic() - began < LONG / 2
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_what_a_role_finds_wrong_with_its_arguments_is_told_before_its_turn(notes: Notes, ranks: int):
+def test_what_a_role_finds_wrong_with_its_arguments_is_told_before_its_turn(notes: Notes):
     """``one`` is the last to be built; its constructor is never called."""
     began = time.monotonic()
     with pytest.raises(RoleFailed) as caught:
-        specs = [notes.spec("one", ranks, wrong="no module of this name"), notes.spec("two", seconds=LONG)]
+        specs = [notes.spec("one", wrong="no module of this name"), notes.spec("two", seconds=LONG)]
         start_groups(specs, executor="ray", settings=SETTINGS, sharing=SHARED)
     assert time.monotonic() - began < LONG / 2
     assert caught.value.role == "one" and caught.value.phase == "start" and caught.value.log
     assert "failed to start: LookupError: no module of this name" in str(caught.value)
     assert "order_roles.py" in str(caught.value) and "in check: raise LookupError(wrong)" in str(caught.value)
     assert notes.lines("one") == [] and "two is up" not in notes.lines("two")
+
+
+def test_what_roles_refuse_is_refused_and_each_problem_told_once(notes: Notes):
+    """Both ranks of ``one`` say the same."""
+    specs = [notes.spec("one", 2, refused="no such module; no such folder"), notes.spec("two", seconds=LONG)]
+    with pytest.raises(InputRefused) as caught:
+        start_groups(specs, executor="ray", settings=SETTINGS, sharing=SHARED)
+    assert [re.sub("rank [01] on [0-9.]+:", "rank R on NODE:", problem) for problem in caught.value.problems] == [
+        "one rank R on NODE: no such module",
+        "one rank R on NODE: no such folder",
+    ]
+    assert notes.lines("one") == []
 
 
 @pytest.mark.parametrize("dies", ["one", "apart"])

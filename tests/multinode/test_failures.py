@@ -15,7 +15,7 @@ from rayrlhf.cluster.errors import RoleFailed
 from rayrlhf.cluster.ray_placement import reserve
 from rayrlhf.cluster.start import start_groups
 from rayrlhf.planning.placement import Claim
-from tests.cluster.toy_setup import SETTINGS, toy
+from tests.cluster.toy_setup import SETTINGS, running, toy
 from tests.multinode.fake_cluster import fake_cluster, held, until_free
 from tests.multinode.test_placement import with_gpus
 
@@ -126,8 +126,15 @@ def test_ctrl_c_during_the_start_gives_everything_back(cluster, tmp_path):
     until_free()
 
 
-def test_runs_come_one_after_the_other(cluster):
-    for _ in range(3):
+def test_runs_come_one_after_the_other_and_each_ends_with_its_processes(cluster):
+    """Also with those that are slow to end, as two are here, each on a node of its own; Ray calls them dead at once."""
+    for number in range(3):
         with start_groups([with_gpus("policy", 2)], executor="ray", settings=SETTINGS) as groups:
             assert len(groups["policy"].broadcast("ping")) == 2 and held() == 2
+            pids = groups["policy"].pids
+            if number == 1:
+                for pid in pids:
+                    os.kill(pid, signal.SIGSTOP)
+                    threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+        assert not any(running(pid) for pid in pids)
         until_free()

@@ -15,6 +15,7 @@ from rayrlhf.cluster.nodes import all_nodes
 from rayrlhf.cluster.spec import RoleSpec
 from rayrlhf.cluster.start import Groups, start_groups
 from rayrlhf.config.base import NodeConfig
+from rayrlhf.cores import usable_cores
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.planning.placement import Claim
 from tests.cluster.toy_setup import SETTINGS, toy
@@ -184,7 +185,7 @@ def test_where_no_machine_can_join_it_is_refused_at_once(cluster, monkeypatch):
 def test_processes_divide_the_cores_of_their_own_machine(cluster, monkeypatch):
     """All nodes are at one address here: one machine. What the driver may use itself, doesn't matter, nor what Ray left in the
     environment of a job's driver."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     settings = SETTINGS.model_copy(update={"threads": None})
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {}}')
