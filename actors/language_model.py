@@ -240,7 +240,8 @@ class LanguageModelTrainer(TrainerRole):
         self._base_sent = True
 
     def release_weights(self) -> None:
-        """Free what `publish_weights` laid out, where ``keep_all`` was asked for."""
+        """Free what `publish_weights` laid out and receivers have taken: all of it where ``keep_all`` was asked for, and with
+        ``ipc`` what they held until their loads had ended."""
         if self.sender is not None:
             self.sender.release()
 

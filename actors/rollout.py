@@ -327,7 +327,8 @@ class RolloutEngine:
             raise RunFailed("the rollout engine can't sleep while it is generating")
         if not self._awake:
             return
-        self.wake()  # vLLM can only put all of it to sleep at once
+        # vLLM before 0.32 can only put all of it to sleep at once. So others leave the GPU first: see `drivers.turns`.
+        self.wake()
         self._engine.sleep(level)
         self._awake = set()
         if level == 2:

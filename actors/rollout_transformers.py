@@ -21,6 +21,7 @@ from rayrlhf.actors.rollout_parts import Comparison, WholeParts
 from rayrlhf.config.schema import SamplerConfig
 from rayrlhf.config.trainers import LoraConfig
 from rayrlhf.errors import InputRefused, RunFailed
+from rayrlhf.models.distributed import device_of
 from rayrlhf.models.world import World
 from rayrlhf.weights import Address, Manifest, Receiver, open_receiver
 from rayrlhf.weights.bucket import torch_dtype
@@ -111,9 +112,9 @@ class TransformersEngine:
                 trust_remote_code=trust_remote_code,
                 attn_implementation=_attention(facts.config),
             )
-        self._model = model.to(torch.device(world.device)).eval()  # type: ignore[arg-type]
+        self._device = device_of(world)
+        self._model = model.to(self._device).eval()  # type: ignore[arg-type]
         self._model.requires_grad_(False)
-        self._device = torch.device(world.device)
         self._rank = world.rank
         self._receiver: Receiver | None = None
         self._base: dict[str, Tensor] = {}

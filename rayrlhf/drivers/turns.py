@@ -62,7 +62,8 @@ class Turns:
         """See to it that roles have on their GPUs what they need, after everybody else there has gone.
 
         Where somebody has to come in, those who share its GPUs keep what they are named with, and nothing if they aren't.
-        They go first, all at the same time, and are waited for: the states of two that take turns never need room at once.
+        They go first, all at the same time (but for an engine whose KV cache is away: it goes after the others), and are waited
+        for: the states of two that take turns never need room at once.
         Where all have what they need nothing is called.
 
         Args:
@@ -76,14 +77,14 @@ class Turns:
             coming = {role for role, level in wanted.items() if role in self._levels and self._lacks(role, level)}
             touched = coming.union(*(self._sharing[role] for role in coming))
             targets = {role: wanted.get(role, "none") for role in self._levels if role in touched}
-            self._move({role: self._before(role, level) for role, level in targets.items()})
+            self._leave(targets)
             self._move(targets)
         finally:
             self._seconds += time.monotonic() - begun
 
     def send_away(self, roles: Iterable[str]) -> None:
-        """Let roles that share GPUs leave them."""
-        self._move({role: "none" for role in roles if role in self._levels})
+        """Let roles that share GPUs leave them; where an engine has its weights alone there, all others go too."""
+        self._leave({role: "none" for role in roles if role in self._levels})
 
     def clear_for(self, roles: Iterable[str]) -> None:
         """After a failure: end all other roles on the GPUs of these.
@@ -107,6 +108,14 @@ class Turns:
     def _lacks(self, role: str, level: Level) -> bool:
         present = self._levels[role]
         return present is None or _HEIGHT[present] < _HEIGHT[level]
+
+    def _leave(self, targets: Mapping[str, Level]) -> None:
+        """Let roles go, as far as they do before anybody comes in."""
+        falls_asleep = ROLLOUT in targets and self._before(ROLLOUT, targets[ROLLOUT]) == "none"
+        if falls_asleep and self._levels[ROLLOUT] in ("weights", None):
+            # It falls asleep as a whole, for which it takes its KV cache first: the others must have gone.
+            self._move({role: "none" for role in self._sharing[ROLLOUT]})
+        self._move({role: self._before(role, level) for role, level in targets.items()})
 
     def _before(self, role: str, target: Level) -> Level:
         """Where a role goes before anybody comes in: never above its present level."""

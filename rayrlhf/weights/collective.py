@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import socket
+import threading
 import time
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +23,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rayrlhf.errors import RunFailed
 from rayrlhf.weights.bucket import wire_bytes
-from rayrlhf.weights.control import CONNECTING, LONGEST_PAUSE, TIMEOUT_KEY, Address, Control
+from rayrlhf.weights.control import CONNECTING, FIRST_PAUSE, LONGEST_PAUSE, TIMEOUT_KEY, Address, Control
 from rayrlhf.weights.manifest import Manifest
 from rayrlhf.weights.transport import Receiver, Sender
 
@@ -138,10 +140,10 @@ class CollectiveSender(Sender):
         self._thread = ThreadPoolExecutor(1, "weights")
         self._buffers: list[Tensor] = []
         self._under_way: list[Future[None]] = []
+        control.put(GPU_KEY, _gpu_of(self._device).encode())
 
     def connect(self) -> None:
         self.control.wait_receivers(CONNECTING, JOINED, f"did not come to the weight group {self.address.group}")
-        self.control.put(GPU_KEY, _gpu_of(self._device).encode())
         self.control.report(CONNECTING, JOINED)
         self._broadcasts = _Broadcasts(self._backend, 0, self.control, self._device)
 
@@ -204,8 +206,31 @@ class CollectiveSender(Sender):
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
+class _Lent:
+    """A bucket that has been handed out.
+
+    Attributes:
+        passed: set when the bucket after it has been taken too.
+    """
+
+    def __init__(self, buffer: Tensor):
+        self._storage = StorageWeakRef(buffer.untyped_storage())
+        self.passed = threading.Event()
+
+    def wait(self, control: Control, serial: int) -> None:
+        """Until nobody looks into it any more. Who keeps it for longer has its memory beside that of two others."""
+        pause = FIRST_PAUSE
+        while not self._storage.expired() and not self.passed.wait(pause):
+            control.check(serial)
+            pause = min(pause * 1.5, LONGEST_PAUSE)
+
+
 class CollectiveReceiver(Receiver):
-    """Takes a bucket from the wire while the one before is loaded."""
+    """Takes a bucket from the wire while the one before is loaded.
+
+    Whoever loads has the last tensor of a bucket in hand until the first one of the next is given to him. So the bucket
+    after that waits for this moment: three would lie there otherwise.
+    """
 
     def __init__(self, address: Address, index: int, backend: Backend, device: torch.device):
         super().__init__(address, index)
@@ -214,8 +239,6 @@ class CollectiveReceiver(Receiver):
 
     def connect(self) -> None:
         super().connect()
-        self.control.report(CONNECTING, JOINED)
-        self.control.wait_sender(CONNECTING, JOINED, f"the call to meet in the weight group {self.address.group}")
         gpu = _gpu_of(self._device)
         if gpu and self.control.get(GPU_KEY).decode() == gpu:
             reason = (
@@ -224,17 +247,24 @@ class CollectiveReceiver(Receiver):
             )
             self.control.fail(CONNECTING, reason)
             raise RunFailed(reason)
+        # Whoever has said so goes on to make the communicator once all have, and can't be told anything there.
+        self.control.report(CONNECTING, JOINED)
+        self.control.wait_sender(CONNECTING, JOINED, f"the call to meet in the weight group {self.address.group}")
         self._broadcasts = _Broadcasts(self._backend, self.index + 1, self.control, self._device)
 
     def _buffers(self, manifest: Manifest) -> Generator[Tensor]:
         count = len(manifest.buckets)
         with ThreadPoolExecutor(1, "weights") as thread:
-            coming = thread.submit(self._fetch, manifest, 0)
+            coming = thread.submit(self._fetch, manifest, 0, None)
+            lent: _Lent | None = None
             for number in range(count):
                 buffer = coming.result()
                 if number + 1 < count:
-                    coming = thread.submit(self._fetch, manifest, number + 1)
+                    coming = thread.submit(self._fetch, manifest, number + 1, lent)
+                before, lent = lent, _Lent(buffer)
                 yield buffer
+                if before is not None:
+                    before.passed.set()
                 if self._device.type == "cuda":
                     # What was copied out of it is copied now: its memory is taken for a later bucket, on another stream.
                     torch.cuda.current_stream(self._device).synchronize()
@@ -243,11 +273,13 @@ class CollectiveReceiver(Receiver):
                 torch.cuda.synchronize(self._device)
             self.control.report(manifest.serial, count + 1)
 
-    def _fetch(self, manifest: Manifest, number: int) -> Tensor:
+    def _fetch(self, manifest: Manifest, number: int, after: _Lent | None) -> Tensor:
         if self._broadcasts is None:
             raise RuntimeError(f"{self.name} has not been connected to the weight group {self.address.group}")
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+        if after is not None:
+            after.wait(self.control, manifest.serial)
         size = wire_bytes(manifest.buckets[number], manifest.checksums)
         buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
         self.control.report(manifest.serial, number)

@@ -2,7 +2,7 @@
 
 A receiver opens the sender's two buffers by their CUDA IPC handles, which travel through the group's store, and reads bucket
 after bucket where it lies. It finds its sender by the GPU's UUID; so every GPU of an engine must have a rank of the policy.
-The buffers are there for the time of a transfer only.
+The buffers are there for the time of a transfer only: when both sides are done with it, `IpcSender.release` gives them back.
 
 All but `CudaMemory` runs on a CPU as well, with a stand-in for it. `CudaMemory` has been written against torch's sources and
 has not been run: it needs GPUs. CUDA IPC doesn't work with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in every
@@ -147,7 +147,8 @@ class IpcSender(Sender):
         self.release()
 
     def release(self) -> None:
-        """Give the buffers back."""
+        """Give the buffers back. Receivers hold them until they have loaded, which may be after `send`: the GPU has their
+        memory again when this is called once more after that, as the driver does."""
         self._buffers = []
         self._memory.collect()
 
@@ -211,5 +212,5 @@ class IpcReceiver(Receiver):
             yield buffers[number % 2][: wire_bytes(bucket, manifest.checksums)]
             self._memory.synchronize()  # what was copied out of the bucket is copied now
             if number + 1 == len(manifest.buckets):
-                buffers.clear()  # the sender gives them back once the last bucket is taken
+                buffers.clear()  # what is loading still has a tensor in hand: see `IpcSender.release`
             self.control.report(manifest.serial, number + 1)

@@ -1,10 +1,12 @@
 """Weight buckets as files in shared memory, for roles on one machine.
 
 A process that sends has a folder ``rayrlhf-RUN-PID-RANDOM`` of its own in /dev/shm, with one file a bucket. At most two
-lie there at once: the next one is written while the receivers read the one before. It holds a lock on the folder's file
-``lock`` for as long as it lives. The kernel gives that lock back however the process ends, so a folder whose lock is free
-was left behind by a process that died, and the next sender of the same user removes it. A process number alone would not
-do: containers that share /dev/shm count their processes apart.
+lie there at once: the next one is written while the receivers read the one before. A third may still be mapped, as whoever
+loads has a tensor of it in hand until he gets the next one; where that leaves no room, the sender waits until it is gone.
+
+The process holds a lock on the folder's file ``lock`` for as long as it lives. The kernel gives that lock back however the
+process ends, so a folder whose lock is free was left behind by a process that died, and the next sender of the same user
+removes it. A process number alone would not do: containers that share /dev/shm count their processes apart.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 import weakref
 from collections.abc import Generator
 from pathlib import Path
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from rayrlhf.errors import RunFailed
 from rayrlhf.weights.bucket import wire_bytes
-from rayrlhf.weights.control import Control
+from rayrlhf.weights.control import LONGEST_PAUSE, Control
 from rayrlhf.weights.manifest import Manifest
 from rayrlhf.weights.transport import Receiver, Sender
 
@@ -117,7 +120,7 @@ class SharedMemorySender(Sender):
         try:
             if not size:
                 return torch.empty(0, dtype=torch.uint8)
-            self._reserve(descriptor, size)
+            self._reserve(descriptor, size, manifest.serial if number >= 2 and not self._keep_all else None)
             # The mapping goes with the last tensor that looks into it.
             return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
         finally:
@@ -145,23 +148,39 @@ class SharedMemorySender(Sender):
         self.control.close()
         self._finalizer()
 
-    def _reserve(self, descriptor: int, size: int) -> None:
-        """Room for ``size`` bytes, now: a write into a full memory file system would kill the process (SIGBUS)."""
+    def _reserve(self, descriptor: int, size: int, serial: int | None = None) -> None:
+        """Room for ``size`` bytes, now: a write into a full memory file system would kill the process (SIGBUS).
+
+        Args:
+            serial: of the transfer in which receivers are about to let go of a bucket: room is waited for. None: of none.
+        """
+        end = time.monotonic() + self.address.timeout_s
+        while (error := self._allocate(descriptor, size)) is not None:
+            if serial is None or time.monotonic() > end:
+                at_once = "a whole set of weights lies" if self._keep_all else "two buckets lie"
+                raise RunFailed(
+                    f"{self._directory} has {self._free() / 2**20:.1f} MiB free where the next weight bucket needs "
+                    f"{size / 2**20:.1f} MiB ({at_once} there at once). Make it larger (Docker: --shm-size), take a smaller "
+                    "rollout.weight_bucket_mib, or set rollout.weight_transport=gloo."
+                ) from error
+            self.control.check(serial)
+            time.sleep(LONGEST_PAUSE)
+
+    def _free(self) -> int:
         room = os.statvfs(self._directory)
-        free = room.f_bavail * room.f_frsize
+        return room.f_bavail * room.f_frsize
+
+    def _allocate(self, descriptor: int, size: int) -> OSError | None:
+        """Take room for a file; the error where there is none."""
+        if size > self._free():
+            return OSError(errno.ENOSPC, "no space")
         try:
-            if size > free:
-                raise OSError(errno.ENOSPC, "no space")
             os.posix_fallocate(descriptor, 0, size)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG):
                 raise
-            at_once = "a whole set of weights lies" if self._keep_all else "two buckets lie"
-            raise RunFailed(
-                f"{self._directory} has {free / 2**20:.1f} MiB free where the next weight bucket needs "
-                f"{size / 2**20:.1f} MiB ({at_once} there at once). Make it larger (Docker: --shm-size), take a smaller "
-                "rollout.weight_bucket_mib, or set rollout.weight_transport=gloo."
-            ) from error
+            return error
+        return None
 
 
 class SharedMemoryReceiver(Receiver):

@@ -92,7 +92,7 @@ class Sender(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Free what still lies there of the last transfer, where it is laid out as a whole."""
+        """Free what still lies there of the last transfer: where it is laid out as a whole, or receivers held it to the end."""
 
     @abstractmethod
     def close(self) -> None:

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from rayrlhf.batch import Batch
 from rayrlhf.cluster import Group, Pending
+from rayrlhf.config import load_config
 from rayrlhf.drivers.turns import Turns
 from rayrlhf.errors import RunFailed
 from rayrlhf.planning.placement import Claim, Machine, Placement, place
+from rayrlhf.planning.usage import phases_of
+from tests.conftest import ROOT
 
 ROLES = ["policy", "critic", "reference", "reward", "rollout"]
 HEIGHT = {"none": 0, "weights": 1, "all": 2}
@@ -21,7 +24,7 @@ HEIGHT = {"none": 0, "weights": 1, "all": 2}
 
 class Gpu:
     """What roles have on one GPU, as memory has it: who comes in needs room from the call on, who goes gives it back at the end
-    of the call. Everybody has everything there at first."""
+    of the call, and an engine without its KV cache takes that before it falls asleep. Everybody has everything there at first."""
 
     def __init__(self, roles: Sequence[str] = ROLES, refuses: str | None = None):
         self.levels = dict.fromkeys(roles, "all")
@@ -30,10 +33,16 @@ class Gpu:
         self.refuses, self.closed = refuses, []
         self.alone: set[str] | None = None
         """Who may have something there while somebody comes in; None: nobody looks."""
+        self.together: set[tuple[tuple[str, str], ...]] = set()
+        """All that was there at once, each time that somebody came in."""
 
-    def comes(self, role: str, level: str) -> None:
+    def takes(self, role: str, level: str) -> None:
         assert not self.leaving, f"{role} comes in while {self.leaving} are still there"
         self.levels[role] = level
+        self.together.add(tuple((r, level) for r, level in self.levels.items() if level != "none"))
+
+    def comes(self, role: str, level: str) -> None:
+        self.takes(role, level)
         if self.alone is not None:
             there = {r for r, level in self.levels.items() if level != "none"}
             assert there <= self.alone, f"{role} comes in where {there - self.alone} still are"
@@ -71,6 +80,8 @@ class Mover(Group):
             target = kwargs["level"]
         elif method == "sleep":
             target = "none"
+            if gpu.levels[self.name] == "weights":  # see `RolloutEngine.sleep`
+                gpu.takes(self.name, "all")
         else:
             present = gpu.levels[self.name]
             legal = {"none": ("weights", "all"), "weights": ("kv_cache",), "all": ()}[present]
@@ -160,6 +171,38 @@ def test_whoever_comes_in_is_among_those_who_are_named(phases: list[str], left_o
         turns.take(PHASES[phase])  # `Gpu.comes` looks on
         for role, level in PHASES[phase].items():
             assert role in left_out or HEIGHT[gpu.levels[role]] >= HEIGHT[level]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from([*sorted(PHASES), "away"]), max_size=12), st.sets(st.sampled_from(ROLES[1:]), max_size=3)
+)
+def test_nothing_is_there_at_once_that_no_phase_of_the_plan_has_room_for(phases: list[str], left_out: set[str]):
+    planned = phases_of(load_config(ROOT / "configs/ppo_local.yaml", []))
+    roles = [role for role in ROLES if role not in left_out]
+    gpu = Gpu(roles)
+    turns = turns_of(gpu, on_one_gpu(roles))
+    for phase in phases:
+        turns.send_away(roles) if phase == "away" else turns.take(PHASES[phase])
+    for held in gpu.together:
+        fits = [
+            all(HEIGHT[level] <= HEIGHT[plan.get(role, "none")] for role, level in held) for plan in planned.values()
+        ]
+        assert any(fits), held
+
+
+def test_an_engine_with_its_weights_alone_falls_asleep_when_nobody_else_is_there():
+    gpu = Gpu()
+    turns = turns_of(gpu, on_one_gpu())
+    turns.take(PHASES["transfer"])
+    gpu.calls.clear()
+    turns.take(PHASES["checkpoint"])  # the policy's weights, which are there, go for a moment
+    assert gpu.calls[:2] == ["policy.set_residence(none)", "rollout.sleep(1)"]
+    assert sorted(gpu.calls[2:]) == ["critic.set_residence(all)", "policy.set_residence(all)"]
+    turns.take(PHASES["transfer"])
+    gpu.calls.clear()
+    turns.send_away(["rollout"])
+    assert gpu.calls == ["policy.set_residence(none)", "rollout.sleep(1)"]
 
 
 def test_without_shared_gpus_nobody_is_called():

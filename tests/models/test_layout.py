@@ -141,6 +141,25 @@ def test_a_model_that_leaks_is_not_packed(tmp_path: Path) -> None:
         load_causal_lm(str(tmp_path), ModelConfig(dtype="float32", packing=True), dtype=torch.float32)
 
 
+def test_a_leak_is_told_from_rounding_whatever_the_size_of_the_hidden_states(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    opt = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+                                   max_position_embeddings=64, word_embed_proj_dim=32, init_std=0.2))  # fmt: skip
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                         num_attention_heads=2, max_position_embeddings=64))  # fmt: skip
+    with torch.no_grad():
+        opt.model.decoder.final_layer_norm.weight.fill_(0.01)
+        llama.model.norm.weight.fill_(1000.0)
+    for model in (opt, llama):
+        model.save_pretrained(tmp_path / type(model).__name__)
+    packed = ModelConfig(dtype="bfloat16", packing=True)
+    with pytest.raises(InputRefused, match="OPT.*packing to false"):
+        load_causal_lm(str(tmp_path / "OPTForCausalLM"), packed, dtype=torch.bfloat16)
+    load_causal_lm(str(tmp_path / "LlamaForCausalLM"), packed, dtype=torch.bfloat16)
+
+
 @pytest.fixture
 def successor(tmp_path: Path) -> Path:
     """A model that knows one thing: token v is followed by (7 v + 3) mod 64. Its hidden state is its token, one-hot."""

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rollout_models as models
 import torch
-from transformers import AutoModelForCausalLM
+from torch.cuda._utils import _get_device_index
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rayrlhf.actors import rollout_transformers
 from rayrlhf.actors.rollout import RolloutEngine
 from rayrlhf.actors.rollout_parts import Comparison
 from rayrlhf.batch import Batch
 from rayrlhf.config import RolloutConfig
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.models.export import named_weights
-from rayrlhf.weights import Manifest, checksum, open_sender, plan_buckets
+from rayrlhf.weights import Address, Manifest, checksum, open_sender, plan_buckets
 
 CASES = [("vllm", "untied"), ("vllm", "tied"), ("transformers", "untied"), ("transformers", "tied")]
 
@@ -413,3 +416,38 @@ def test_kv_cache_on_a_cpu(untied: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     model.num_key_value_heads = 1
     with pytest.raises(InputRefused, match="kv_cache_gib is 1e-05; one sequence of 200 tokens needs 0.0002 GiB"):
         rollout_vllm.kv_cache_bytes(model, RolloutConfig(kv_cache_gib=0.00001), "float32", 200)
+
+
+def test_the_transformers_engine_tells_which_gpu_weights_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the model and the other side are stand-ins. Torch makes no device current that has no number."""
+
+    class Held:
+        def to(self, device: torch.device) -> Held:
+            used.append(device)
+            return self
+
+        def eval(self) -> Held:
+            return self
+
+        def requires_grad_(self, _: bool) -> None:
+            pass
+
+    used: list[torch.device] = []
+    receiver = SimpleNamespace(connect=lambda: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: Held())
+    monkeypatch.setattr(rollout_transformers, "open_receiver", lambda _, __, device: used.append(device) or receiver)
+    engine = rollout_transformers.TransformersEngine(
+        dataclasses.replace(models.CPU, device="cuda"),
+        model_path="",
+        tokenizer_path="",
+        config=RolloutConfig(engine="transformers"),
+        dtype="float32",
+        max_model_tokens=8,
+        facts=SimpleNamespace(config=LlamaConfig(), eos_ids=()),
+        trust_remote_code=False,
+        lora=None,
+    )
+    engine.connect(Address("nccl", "test-1", "127.0.0.1:1", 1, 1.0))
+    with pytest.raises(ValueError, match="specified index"):
+        _get_device_index(torch.device("cuda"))
+    assert len(used) == 2 and {_get_device_index(device) for device in used} == {0}

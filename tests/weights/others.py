@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayrlhf.weights import Address, Manifest, Receiver, Sender, open_receiver, open_sender, plan_buckets
+from rayrlhf.weights import Address, Manifest, Receiver, Sender, collective, open_receiver, open_sender, plan_buckets
 from rayrlhf.weights.control import Control
 from rayrlhf.weights.ipc import IpcReceiver, IpcSender
 
@@ -200,6 +200,24 @@ def die_after(address: Address, index: int, manifest: Manifest, tensors: int) ->
             if number == tensors:
                 os.kill(os.getpid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_broadcast(address: Address, index: int, manifest: Manifest, number: int) -> None:
+    """Die when a broadcast has begun, for which this receiver has said that it is ready."""
+    receiver = receiver_of(address, index)
+    receiver.connect()
+    tell("connected")
+    run, begun = collective._Broadcasts.run, []
+
+    def run_or_die(*given: Any) -> None:
+        begun.append(given)
+        if len(begun) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        run(*given)
+
+    collective._Broadcasts.run = run_or_die  # type: ignore[method-assign]
+    for _ in receiver.receive(manifest):
+        pass
 
 
 def failure_of(address: Address, index: int, manifest: Manifest) -> tuple[str, str]:

@@ -19,12 +19,13 @@ import pytest
 import torch
 
 from rayrlhf.errors import RunFailed
-from rayrlhf.weights import Address, PeerFailed, abort, collective, transport
+from rayrlhf.weights import Address, PeerFailed, Receiver, Sender, abort, collective, transport
 from rayrlhf.weights.shared_memory import remove_stale
 from tests.conftest import ROOT
 from tests.weights.others import (
     Other,
     die_after,
+    die_in_broadcast,
     failure_of,
     manifest_of,
     receiver_of,
@@ -72,10 +73,10 @@ def test_a_broadcast_that_breaks_off_ends_the_group_and_a_new_one_works() -> Non
     sender = sender_of("gloo", 2, timeout_s=20.0)
     tensors = [(f"t{k}", torch.full((200_000,), float(k))) for k in range(40)]
     manifest = manifest_of(tensors, sender)
-    others = [Other(die_after, sender.address, 0, manifest, 5), Other(failure_of, sender.address, 1, manifest)]
+    others = [Other(die_in_broadcast, sender.address, 0, manifest, 5), Other(failure_of, sender.address, 1, manifest)]
     sender.connect()
     started = time.monotonic()
-    with pytest.raises(RunFailed):
+    with pytest.raises(RunFailed):  # of this side, or of the other receiver, whichever sees it first
         sender.send(manifest, tensors)
     assert others[1].said() == "connected"
     kind, message = others[1].said(30)
@@ -193,20 +194,41 @@ def test_what_is_left_of_an_earlier_group_cannot_take_part(wire: str) -> None:
 
 
 def test_a_gpu_that_the_sender_shares_with_an_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With both on a GPU of this name; the communicator itself is never reached."""
-    monkeypatch.setattr(collective, "_gpu_of", lambda device: "GPU-7")
-    sender = sender_of("gloo", 1, timeout_s=5.0)
-    connecting = threading.Thread(target=lambda: suppress_failure(sender.connect))
-    connecting.start()
+    """Rank 0's, by the thread's name. Nobody, the engine on a GPU of its own neither, goes to meet the others."""
+    meeting: list[str] = []
+    failures: dict[str, BaseException] = {}
+    monkeypatch.setattr(collective, "_gpu_of", lambda device: threading.current_thread().name)
+    monkeypatch.setattr(collective, "_Broadcasts", lambda *_: meeting.append(threading.current_thread().name))
+
+    def connect(side: Sender | Receiver) -> None:
+        try:
+            side.connect()
+        except RunFailed as error:
+            failures[threading.current_thread().name] = error
+
+    monkeypatch.setattr(threading.current_thread(), "name", "GPU-7")
+    sender = sender_of("gloo", 2, timeout_s=5.0)
+    threads = [
+        threading.Thread(target=connect, args=(side,), name=name)
+        for name, side in (("policy", sender), ("GPU-8", receiver_of(sender.address, 1)))
+    ]
+    for thread in threads:
+        thread.start()
     with pytest.raises(
         RunFailed, match="rollout rank 0 is on the GPU GPU-7, where rank 0 of the policy is: NCCL has no two"
     ):
         receiver_of(sender.address, 0).connect()
-    connecting.join()
+    for thread in threads:
+        thread.join()
+    assert failures.keys() == {"policy", "GPU-8"} and not meeting
+    for failure in failures.values():
+        assert isinstance(failure, PeerFailed) and "ended by rollout rank 0: rollout rank 0 is on the GPU" in str(
+            failure
+        )
     sender.close()
 
 
-def suppress_failure(call: Callable[[], None]) -> None:
+def suppress_failure(call: Callable[[], object]) -> None:
     with suppress(RunFailed):
         call()
 
@@ -305,6 +327,31 @@ def test_shared_memory_that_is_too_small_is_said_and_nothing_is_left(monkeypatch
         sender.send(manifest_of(tensors, sender, bucket_bytes=400), tensors)
     (folder,) = own_folders("full")
     assert os.listdir(f"/dev/shm/{folder}") == ["lock"]
+    sender.close()
+
+
+def test_room_that_nobody_gives_back_is_waited_for_until_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = sender_of("shared_memory", 1, timeout_s=1.0, run="kept")
+    receiver = receiver_of(sender.address, 0)
+    receiver.connect()
+    manifest = manifest_of(tensors := some_tensors()[:5], sender)
+    loading = threading.Thread(target=lambda: suppress_failure(lambda: list(receiver.receive(manifest))))
+    loading.start()
+    made: list[int] = []
+    fill = os.posix_fallocate
+
+    def full_at_the_third(descriptor: int, offset: int, size: int) -> None:
+        if len(made) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        made.append(size)
+        fill(descriptor, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", full_at_the_third)
+    started = time.monotonic()
+    with pytest.raises(RunFailed, match=r"MiB free .* \(two buckets lie there at once\).*=gloo"):
+        sender.send(manifest, tensors)
+    assert 1.0 <= time.monotonic() - started < 10
+    loading.join()
     sender.close()
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from rayrlhf.weights import open_receiver, open_sender
+from rayrlhf.weights import Manifest, Receiver, open_receiver, open_sender, shared_memory
+from rayrlhf.weights import transport as transport_module
 from rayrlhf.weights.control import Control
 from rayrlhf.weights.ipc import IpcSender
 from tests.weights.others import (
@@ -108,7 +114,7 @@ def test_a_tensor_is_copied_before_the_next_one_is_asked_for() -> None:
 def test_the_next_bucket_is_filled_while_one_is_under_way_and_no_more(
     transport: str, ahead: int, tmp_path: Path
 ) -> None:
-    """A receiver dwells on the first bucket: two lie on the sender's side then, by gloo two more on the receiver's."""
+    """A receiver dwells on a bucket: two lie on the sender's side then, by gloo two more on the receiver's."""
     sender = sender_of(transport, 1, run="ahead", folder=str(tmp_path))
     receiver = receiver_of(sender.address, 0, str(tmp_path))
     tensors = some_tensors()
@@ -131,12 +137,99 @@ def test_the_next_bucket_is_filled_while_one_is_under_way_and_no_more(
     thread.start()
     receiver.connect()
     arriving = receiver.receive(manifest)
-    assert next(arriving)[0] == "a"
-    until(lambda: len(given) == ahead)
-    time.sleep(0.3)
-    assert given == [name for name, _ in tensors[:ahead]]
-    assert [name for name, _ in arriving] == [name for name, _ in tensors[1:]]
+    for number in range(3):  # of the second one on, whoever loads has let go of one before
+        in_hand = next(arriving)
+        assert in_hand[0] == tensors[number][0]
+        until(lambda number=number: len(given) == ahead + number)
+        time.sleep(0.1)
+        assert given == [name for name, _ in tensors[: ahead + number]]
+    assert [name for name, _ in arriving] == [name for name, _ in tensors[3:]]
     thread.join()
+    sender.close()
+
+
+def slow_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket is looked through for so long that the sender would have made the next one meanwhile."""
+    look = transport_module.damaged_tensors
+    monkeypatch.setattr(transport_module, "damaged_tensors", lambda *given: (time.sleep(0.15), look(*given))[1])
+
+
+def equal_tensors() -> list[tuple[str, torch.Tensor]]:
+    return [(f"t{k}", torch.full((64, 256), float(k))) for k in range(6)]
+
+
+def loaded(receiver: Receiver, manifest: Manifest) -> list[tuple[str, float]]:
+    """As an engine loads: it has one tensor in hand until it gets the next one."""
+    found = []
+    for name, tensor in receiver.receive(manifest):
+        found.append((name, float(tensor.mean())))
+    return found
+
+
+def test_a_receiver_has_two_buckets_of_a_broadcast_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_checksums(monkeypatch)
+    made: list[StorageWeakRef] = []
+    alive: list[int] = []
+    empty = torch.empty
+
+    def watched(*given: Any, **more: Any) -> torch.Tensor:
+        tensor = empty(*given, **more)
+        if threading.current_thread().name.startswith("weights"):  # a receiver's; the sender makes its own in another
+            made.append(StorageWeakRef(tensor.untyped_storage()))
+            alive.append(sum(not storage.expired() for storage in made))
+        return tensor
+
+    sender, tensors = sender_of("gloo", 1), equal_tensors()
+    receiver, manifest = receiver_of(sender.address, 0), manifest_of(tensors, sender)
+    sending = threading.Thread(target=lambda: (sender.connect(), sender.send(manifest, tensors)))
+    sending.start()
+    receiver.connect()
+    monkeypatch.setattr(torch, "empty", watched)
+    assert loaded(receiver, manifest) == [(name, float(k)) for k, (name, _) in enumerate(tensors)]
+    assert alive == [1, 2, 2, 2, 2, 2]
+    sending.join()
+    monkeypatch.undo()
+    # Who keeps all tensors has all buckets.
+    sending = threading.Thread(target=sender.send, args=(again := manifest_of(tensors, sender, serial=2), tensors))
+    sending.start()
+    kept = list(receiver.receive(again))
+    assert [float(tensor.mean()) for _, tensor in kept] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    sending.join()
+    sender.close()
+
+
+def test_shared_memory_with_room_for_two_buckets_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room as a memory file system counts it: a removed file takes some as long as somebody maps it."""
+    slow_checksums(monkeypatch)
+    mapped: list[tuple[weakref.ref[mmap.mmap], int]] = []
+
+    class Mapped(mmap.mmap):
+        def __new__(cls, descriptor: int, *given: Any, **more: Any) -> Mapped:
+            self = super().__new__(cls, descriptor, *given, **more)
+            mapped.append((weakref.ref(self), os.fstat(descriptor).st_ino))
+            return self
+
+    sender, tensors = sender_of("shared_memory", 1, run="small"), equal_tensors()
+    receiver, manifest = receiver_of(sender.address, 0), manifest_of(tensors, sender)
+    receiver.connect()
+    bucket = 64 * 256 * 4
+    (folder,) = own_folders("small")
+    least: list[int] = []
+
+    def room(_: object) -> SimpleNamespace:
+        lying = {path.stat().st_ino for path in Path("/dev/shm", folder).glob("*.bucket") if path.stat().st_size}
+        lying |= {inode for mapping, inode in list(mapped) if mapping() is not None}
+        least.append(int(2.5 * bucket) - bucket * len(lying))
+        return SimpleNamespace(f_bavail=least[-1], f_frsize=1)
+
+    monkeypatch.setattr(shared_memory, "mmap", SimpleNamespace(mmap=Mapped, ACCESS_COPY=mmap.ACCESS_COPY))
+    monkeypatch.setattr(os, "statvfs", room)
+    sending = threading.Thread(target=sender.send, args=(manifest, tensors))
+    sending.start()
+    assert loaded(receiver, manifest) == [(name, float(k)) for k, (name, _) in enumerate(tensors)]
+    sending.join()
+    assert 0 < min(least) < bucket, "the room was never too small"
+    monkeypatch.undo()
     sender.close()
 
 
