@@ -22,6 +22,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Else the processes of Ray get next to nothing where another test computes in its own.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 atexit.register(gc.unfreeze)  # Python takes everything down in the end
 

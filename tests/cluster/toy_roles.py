@@ -174,8 +174,6 @@ class Absent:
                 raise FileNotFoundError("no weights in /nowhere/model")
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if how == "exit":
-                os._exit(7)
             time.sleep(300)
         touch(f"{mark}.waiting")
         dist.init_process_group(

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
 
 import pytest
 import torch
@@ -236,23 +235,27 @@ def test_prompts_that_do_not_fit_every_model_are_left_out_for_all(models: Models
     assert f"{PROMPTS - len(kept)} prompts don't fit every model" in found.printed
 
 
-# -- as a user starts it -----------------------------------------------------------------------------------------------
-
-
-def command(models: Models, name: str, **sections: Any) -> subprocess.CompletedProcess[str]:
-    file = models.config_file(name, ("base", "other"), **sections)
-    line = [sys.executable, "-m", "rayrlhf.cli", "evaluate", str(file)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "150"}
-    return subprocess.run(line, capture_output=True, text=True, timeout=500, cwd=ROOT, env=environment)
+# -- on Ray ------------------------------------------------------------------------------------------------------------
 
 
 def test_roles_as_ray_actors_give_what_roles_inline_give(models: Models, compared: Result) -> None:
     cluster = {"executor": "ray", "threads": 1, "start_timeout_s": 200, "call_timeout_s": 120}
-    done = command(models, "on-ray", cluster=cluster)
-    assert done.returncode == 0, done.stderr
-    found = Result(models.folder / "on-ray")
+    found = models.evaluate("on-ray", ("base", "other"), cluster=cluster)
     for name in ("base", "other"):
         assert [one["response"] for one in found.told(name)] == [one["response"] for one in compared.told(name)]
         assert found.models[name]["kl/mean"] == pytest.approx(compared.models[name]["kl/mean"], abs=1e-4)
     same = [rate for rate in compared.rates if (rate["a"], rate["b"]) == ("other", "base")]
-    assert found.rates == same and "Win rates" in done.stdout
+    assert found.rates == same and "Win rates" in found.printed
+
+
+# -- as a user starts it -----------------------------------------------------------------------------------------------
+
+
+def test_the_command(models: Models, compared: Result) -> None:
+    line = [sys.executable, "-m", "rayrlhf.cli", "evaluate", str(models.config_file("typed", ("other",)))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "150"}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=500, cwd=ROOT, env=environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    told = Result(models.folder / "typed").told("other")
+    assert [one["response"] for one in told] == [one["response"] for one in compared.told("other")]
+    assert "24 prompts" in done.stdout and "win_rates.json, responses.jsonl" in done.stdout

@@ -94,11 +94,11 @@ def test_a_killed_role_ends_the_run_by_name_and_what_was_trained_is_kept(world: 
     assert (world.folder / "killed-role/checkpoints/step-2/manifest.json").exists()
 
 
-def test_a_role_that_cannot_come_up_ends_the_start(world: TinyWorld, ray_once):
+def test_a_role_that_cannot_come_up_ends_the_start(world: TinyWorld):
     weights = world.folder / "model" / "model.safetensors"
     broken = world.folder / "broken-model"
     broken.mkdir()
     for file in (world.folder / "model").iterdir():
         (broken / file.name).write_bytes(file.read_bytes() if file != weights else b"no weights")
     with pytest.raises(RunFailed, match=r"reference rank 0 failed to start"):
-        world.train("broken", RAY, *FEW, f"reference.path={broken}")
+        world.train("broken", f"reference.path={broken}")

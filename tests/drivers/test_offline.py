@@ -13,8 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from rayrlhf.batch import Batch
-from rayrlhf.cluster.session import ray_session
-from rayrlhf.config import ClusterConfig
 from rayrlhf.config.offline import DPOConfig
 from rayrlhf.drivers import preference_validation
 from rayrlhf.drivers import sft as sft_loop
@@ -379,23 +377,13 @@ def test_lora(world: OfflineWorld, algorithm: str) -> None:
 # -- on Ray ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ray_once():
-    """One Ray for all tests of this file; runs use it and leave it."""
-    with ray_session(ClusterConfig()):
-        yield
-
-
-RAY = "cluster.executor=ray"
 SHORT = {"training": {"max_steps": 3, "validate_every_steps": 3}}
 
 
-@pytest.mark.parametrize("algorithm", ["reward_model", "dpo"])
-def test_two_ranks_on_ray_train_as_one_inline(world: OfflineWorld, ray_once, algorithm: str) -> None:
-    one = world.train(f"one-{algorithm}", algorithm, SHORT)
-    more = ("reference.ranks=2", "rollout.engine=vllm") if algorithm == "dpo" else ()
-    stage = 2 if algorithm == "reward_model" else 3
-    two = world.train(f"two-{algorithm}", algorithm, SHORT, RAY, "policy.ranks=2", f"policy.zero_stage={stage}", *more)
+def test_two_ranks_on_ray_train_as_one_inline(world: OfflineWorld) -> None:
+    one = world.train("one-rank", "dpo", SHORT)
+    more = ("policy.ranks=2", "policy.zero_stage=3", "reference.ranks=2", "rollout.engine=vllm")
+    two = world.train("two-ranks", "dpo", SHORT, "cluster.executor=ray", *more)
     for mine, theirs in zip(two.numbers, one.numbers, strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
@@ -405,7 +393,7 @@ def test_two_ranks_on_ray_train_as_one_inline(world: OfflineWorld, ray_once, alg
     for mine, theirs in zip(two.evaluations, one.evaluations, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         # The engines sample other responses than transformers does, once the weights have moved.
-        if algorithm == "dpo" and mine["step"] == 0:
+        if mine["step"] == 0:
             assert mine["kl_per_token"] == pytest.approx(0, abs=1e-5)
     for name, weight in two.weights.items():
         torch.testing.assert_close(weight, one.weights[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

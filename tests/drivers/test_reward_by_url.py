@@ -87,7 +87,7 @@ def test_samples_that_were_still_waiting_are_kept_too(world: TinyWorld):
     with Misbehaving(Failing(first=0)) as server, pytest.raises(RunFailed, match="reward rank 0 failed in score"):
         world.train(
             "fails-on-ray", *STEPS, BY_URL % server.url, "cluster.executor=ray", "evaluation.prompts=0", "critic=null",
-            "ppo.advantage_estimator=rloo",
+            "ppo.advantage_estimator=rloo", "reference=null", "ppo.kl_coef=0.0", "ppo.kl_controller=fixed", "ppo.target_kl=null",
         )  # fmt: skip
     rows = [json.loads(line) for line in (world.folder / "fails-on-ray/unscored.jsonl").read_text().splitlines()]
     assert 4 <= len(rows) <= 16 and len({row["response"] for row in rows}) > 1

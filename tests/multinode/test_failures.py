@@ -65,7 +65,6 @@ def when(mark: Path, what) -> threading.Thread:
     [
         ("raise", "policy rank 1 failed to start: FileNotFoundError: no weights in /nowhere/model"),
         ("kill", "policy rank 1 died while starting: .*SIGKILL"),
-        ("exit", "policy rank 1 died while starting"),
     ],
 )
 def test_a_rank_that_never_comes_to_the_rendezvous_ends_the_start(cluster, tmp_path, how, says):
@@ -128,7 +127,7 @@ def test_ctrl_c_during_the_start_gives_everything_back(cluster, tmp_path):
 
 def test_runs_come_one_after_the_other_and_each_ends_with_its_processes(cluster):
     """Also with those that are slow to end, as two are here, each on a node of its own; Ray calls them dead at once."""
-    for number in range(3):
+    for number in range(2):
         with start_groups([with_gpus("policy", 2)], executor="ray", settings=SETTINGS) as groups:
             assert len(groups["policy"].broadcast("ping")) == 2 and held() == 2
             pids = groups["policy"].pids

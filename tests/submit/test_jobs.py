@@ -123,7 +123,9 @@ def since_start(line: str) -> int:
 
 def test_a_run_on_three_nodes_to_its_end(cluster, project, tmp_path):
     threads = ["--env", "OMP_NUM_THREADS=3", "--env", f"THREADS_FILE={tmp_path / 'threads'}"]
-    code, output = submit(project, cluster, "ppo.yaml", "ppo.steps=2", *threads)
+    # The policy and two engines, each on a node of its own.
+    few = ["ppo.steps=2", "policy.ranks=1", "rollout.engines=2"]
+    code, output = submit(project, cluster, "ppo.yaml", *few, *threads)
     assert code == 0, output
     assert re.search(r"run_dir runs/first is .*/runs/first on the cluster", output)
     assert "step 2/2  score" in output and "done: 2 of 2 steps" in output
