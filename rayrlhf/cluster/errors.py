@@ -32,6 +32,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
+        now = time.time()  # reading the frames' lines takes longer than another rank needs to fail of it
         message = str(error).strip()
         frames = [
             f"{f.filename}:{f.lineno} in {f.name}" + (f": {f.line}" if f.line else "")
@@ -39,7 +40,7 @@ class Failure:
         ]
         cause = type(error).__name__ + (f": {message}" if message else "")
         problems = tuple(error.problems) if isinstance(error, InputRefused) else ()
-        return cls(cause, tuple(frames[-FRAMES_SHOWN:]), problems=problems)
+        return cls(cause, tuple(frames[-FRAMES_SHOWN:]), now, problems)
 
 
 class RoleFailed(RunFailed):

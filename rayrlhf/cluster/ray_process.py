@@ -175,11 +175,12 @@ def _argument(value: Any) -> Any:
 
 
 def _failure(error: BaseException) -> Failure:
+    failure = Failure.of(error)  # at once: of several ranks the one that failed first is told
     sys.stdout.flush()
     print(time.strftime("%Y-%m-%d %H:%M:%S"), "the role raised:", file=sys.stderr)
     traceback.print_exception(error, file=sys.stderr)
     sys.stderr.flush()
-    return Failure.of(error)
+    return failure
 
 
 def interface_of(address: str) -> str | None:
