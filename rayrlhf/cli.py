@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from rayrlhf.importing import quick_imports, take_over_process
+from rayrlhf.importing import leave_process, quick_imports, take_over_process
 
 __all__ = ["app", "main"]
 
@@ -374,7 +374,12 @@ def _prepare_process(*, alone: bool) -> None:
 def main() -> None:
     """The console script."""
     take_over_process()
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            leave_process(end.code)
+        raise
 
 
 if __name__ == "__main__":

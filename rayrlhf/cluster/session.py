@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,12 +24,21 @@ log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 4.0
 HEALTH_SECONDS = 10.0
+LOAD_SECONDS = 60.0
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the processes of its jobs. There its address comes from Ray itself, and needs no asking."""
 STORE_LIMIT = 2 << 30
 STORE_SHARE = 0.3
 
 _private = False
+
+# The limit counts from the question on: where the cores are busy, loading Ray alone may take as long.
+_ASK = """
+import signal, sys
+from ray._raylet import GcsClient
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))
+GcsClient(address=sys.argv[1])
+"""
 
 _QUICK = {
     # No idle workers for tasks: roles are actors, and come with processes of their own.
@@ -157,7 +167,8 @@ def check_address(address: str) -> None:
     """Ask the Ray at ``host:port`` whether it is well; Ray itself would try for two minutes, then end the process.
 
     Raises:
-        InputRefused: where it doesn't answer within about 15 s.
+        InputRefused: where it doesn't answer within 15 s.
+        RunFailed: where this machine can't even ask.
     """
     host, _, port = address.rpartition(":")
     try:
@@ -167,12 +178,16 @@ def check_address(address: str) -> None:
             f"cluster.address: nothing answers at {address} ({error}). Is Ray up there (`ray status`), and the port "
             "that of its head node (6379 by default)?"
         ) from error
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    command = [sys.executable, "-c", _ASK, address, str(HEALTH_SECONDS)]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=HEALTH_SECONDS)
-        answered, said = asked.returncode == 0, asked.stderr.strip().splitlines()[-1:]
-    except subprocess.TimeoutExpired:
-        answered, said = False, [f"no answer within {HEALTH_SECONDS:g} s"]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_SECONDS + HEALTH_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise RunFailed(
+            f"cluster.address: Ray could not be loaded on this machine within {LOAD_SECONDS:g} s"
+        ) from error
+    answered, said = asked.returncode == 0, asked.stderr.strip().splitlines()[-1:]
+    if asked.returncode == -signal.SIGALRM:
+        said = [f"no answer within {HEALTH_SECONDS:g} s"]
     if not answered:
         raise InputRefused(
             f"cluster.address: what listens at {address} does not answer as a Ray head node does ({' '.join(said)}). "

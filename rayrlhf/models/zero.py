@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,9 +68,21 @@ def import_deepspeed(world: World) -> Any:
     with quick_imports():
         import deepspeed
 
+        _load_muon()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(dist_backend="nccl" if world.device == "cuda" else "gloo", verbose=False)
     return deepspeed
+
+
+def _load_muon() -> None:
+    """Load DeepSpeed's Muon optimizer, which it does itself only to ask whether another optimizer is one.
+
+    Its module has functions compiled as it is imported, and torch loads its whole compiler for that: a second of processor
+    time in each process. Nothing here uses Muon, so they are left as they are.
+    """
+    compiler = importlib.import_module("deepspeed.runtime.compiler")
+    with suppress(ImportError), replaced(compiler, "compile", lambda: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

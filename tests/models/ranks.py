@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import socket
 import time
 import traceback
@@ -11,15 +10,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from rayrlhf.models.world import World
-
-PRELOADED = [
-    "transformers",
-    "peft",
-    "deepspeed",
-    "rayrlhf.actors.policy",
-    "rayrlhf.actors.preference",
-    "tests.support.frozen",
-]
+from tests.support.forked import fork_context
 
 
 def _serve(world: World, connection: Connection) -> None:
@@ -44,8 +35,7 @@ class Ranks:
         self.processes: list[Any] = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = fork_context()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

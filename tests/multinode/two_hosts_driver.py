@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-from rayrlhf.cluster import session
 from rayrlhf.cluster.errors import RoleFailed
 from rayrlhf.cluster.session import ray_session
 from rayrlhf.cluster.start import start_groups
@@ -20,7 +19,6 @@ from tests.cluster.toy_setup import SETTINGS, samples, toy
 
 
 def main(address: str, folder: Path) -> None:
-    session.HEALTH_SECONDS = 60.0  # other tests may be at work on these cores
     found: dict = {}
     named = [NodeConfig(count=2, gpus=1)]
     settings = SETTINGS.model_copy(update={"address": address, "nodes": named})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import multiprocessing
 import os
 import signal
 import time
@@ -19,6 +18,7 @@ from torch import Tensor
 from rayrlhf.weights import Address, Manifest, Receiver, Sender, collective, open_receiver, open_sender, plan_buckets
 from rayrlhf.weights.control import Control
 from rayrlhf.weights.ipc import IpcReceiver, IpcSender
+from tests.support.forked import fork_context
 
 Arrived = list[tuple[str, str, tuple[int, ...], bytes]]
 """Name, type, shape and bytes of each tensor."""
@@ -119,8 +119,7 @@ class Other:
     """A process that runs ``function(*arguments)``, forked from one that has imported everything already."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "rayrlhf.weights"])
+        context = fork_context()
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_run, args=(theirs, function, arguments), daemon=True)
         self.process.start()
