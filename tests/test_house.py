@@ -65,6 +65,13 @@ def test_light_modules_load_nothing_heavy(module: str):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("module", ["nodes", "ray_end", "ray_logs", "ray_share"])
+def test_what_runs_on_nodes_for_a_moment_needs_no_torch(module: str):
+    code = f"import sys, rayrlhf.cluster.{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_help_names_every_command():
     helped = command("--help")
     assert helped.returncode == 0

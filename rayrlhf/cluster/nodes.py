@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-__all__ = ["Node", "NodeWatch", "all_nodes", "free_gpus", "live_nodes", "lost_nodes", "unanswering"]
+__all__ = ["Node", "NodeWatch", "all_nodes", "free_gpus", "live_nodes", "lost_nodes", "own_gpu_ids", "unanswering"]
 
 ANSWER_SECONDS = 1.5
 """How long a node may take to accept a connection."""
@@ -73,6 +73,11 @@ def free_gpus(nodes: Sequence[Node]) -> dict[str, int]:
     """Whole GPUs that nobody holds, by node id; what Ray has heard of lags behind by a fraction of a second."""
     free: dict[str, dict[str, Any]] = ray._private.state.available_resources_per_node()
     return {node.id: int(free.get(node.id, {}).get("GPU", 0)) for node in nodes}
+
+
+def own_gpu_ids() -> list[str]:
+    """The GPUs that Ray has given to the process which asks."""
+    return ray.get_runtime_context().get_accelerator_ids()["GPU"]
 
 
 def lost_nodes(ids: Iterable[str]) -> dict[str, str]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrlhf.cluster.nodes import lost_nodes
-from rayrlhf.cluster.ray_process import ProcessInfo
+
+if TYPE_CHECKING:
+    from rayrlhf.cluster.ray_process import ProcessInfo
 
 __all__ = ["end_processes"]
 
@@ -73,29 +75,21 @@ def _hear(asked: Mapping[ray.ObjectRef, tuple[str, Sequence[int]]], end: float) 
             )
 
 
-def _make_until_gone() -> Callable[[Sequence[int], float], list[int]]:
-    """Made in a function, it travels to other nodes as it is; else it would be looked up there in this module, which brings
-    torch with it."""
-
-    def runs(pid: int) -> bool:
-        """Whether the process of this number runs here; a zombie doesn't. Without /proc (macOS) Ray's word is enough."""
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
-        except OSError:
-            return False
-
-    def until_gone(pids: Sequence[int], seconds: float) -> list[int]:
-        """Those processes of this machine which still run after so long; returns once there are none."""
-        end = time.monotonic() + seconds
-        while (left := [pid for pid in pids if runs(pid)]) and time.monotonic() < end:
-            time.sleep(0.01)
-        return left
-
-    return until_gone
+def _until_gone(pids: Sequence[int], seconds: float) -> list[int]:
+    """Those processes of this machine which still run after so long; returns once there are none."""
+    end = time.monotonic() + seconds
+    while (left := [pid for pid in pids if _runs(pid)]) and time.monotonic() < end:
+        time.sleep(0.01)
+    return left
 
 
-_until_gone = _make_until_gone()
+def _runs(pid: int) -> bool:
+    """Whether the process of this number runs here; a zombie doesn't. Without /proc (macOS) Ray's word is enough."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _is_dead(handle: Any, timeout: float) -> bool:

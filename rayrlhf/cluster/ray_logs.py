@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from typing import TYPE_CHECKING
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayrlhf.cluster.ray_process import ProcessInfo
+if TYPE_CHECKING:
+    from rayrlhf.cluster.ray_process import ProcessInfo
 
 __all__ = ["cause_of_death", "last_lines"]
 

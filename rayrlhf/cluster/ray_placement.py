@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf.cluster import session
-from rayrlhf.cluster.nodes import Node, NodeWatch, free_gpus, live_nodes
+from rayrlhf.cluster.nodes import Node, NodeWatch, free_gpus, live_nodes, own_gpu_ids
 from rayrlhf.cluster.ray_holders import holders
 from rayrlhf.cluster.ray_pending import Deadline, answer, is_failure
 from rayrlhf.config.base import ClusterConfig
@@ -256,11 +256,6 @@ def _reservation(
     return Reservation(placement, nodes, groups, devices)
 
 
-def _gpu_ids() -> list[str]:
-    """Runs on a node with all GPUs that are held there: which they are."""
-    return ray.get_runtime_context().get_accelerator_ids()["GPU"]
-
-
 def _devices(
     placement: Placement, nodes: Mapping[int, Node], groups: Mapping[int, PlacementGroup], settings: ClusterConfig
 ) -> dict[int, list[str]]:
@@ -269,7 +264,7 @@ def _devices(
     Raises:
         RunFailed: where a node doesn't say.
     """
-    task = ray.remote(_gpu_ids)
+    task = ray.remote(own_gpu_ids)
     waiting = {
         task.options(
             num_cpus=0, num_gpus=gpus, max_retries=0, scheduling_strategy=PlacementGroupSchedulingStrategy(groups[machine])

@@ -14,19 +14,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-import torch
 
-from rayrlhf.batch import Batch
 from rayrlhf.cluster.check import check_role
 from rayrlhf.cluster.clock import BusyClock
-from rayrlhf.cluster.columns import WireBatch, from_wire, to_wire
 from rayrlhf.cluster.errors import Failure
-from rayrlhf.cluster.group import check_chunk, check_new_columns
 from rayrlhf.cluster.ray_share import RemoteShare, WireShare
 from rayrlhf.cluster.spec import THREADS_VARIABLE, load_class
 from rayrlhf.cores import usable_cores
-from rayrlhf.importing import take_over_process
-from rayrlhf.models.world import World
+from rayrlhf.importing import quick_imports, take_over_process
+
+with quick_imports():
+    import torch
+
+    from rayrlhf.batch import Batch
+    from rayrlhf.cluster.columns import WireBatch, from_wire, to_wire
+    from rayrlhf.cluster.group import check_chunk, check_new_columns
+    from rayrlhf.models.world import World
 
 __all__ = ["ProcessInfo", "RoleProcess"]
 

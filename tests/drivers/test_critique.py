@@ -408,5 +408,5 @@ def test_the_command(world: TinyWorld) -> None:
     line = [sys.executable, "-m", "rayrlhf.cli", "critique", str(world.folder / "typed-critique.yaml"), *settings]
     first = subprocess.run(line, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert first.returncode == 0 and "0 pairs from 1 prompts" in " ".join(first.stdout.split()), first.stderr
-    again = subprocess.run(line, capture_output=True, text=True, timeout=200, cwd=ROOT)
-    assert again.returncode == 2 and "holds a run already" in again.stderr
+    with pytest.raises(InputRefused, match="holds a run already"):
+        critique.critique_responses(load_config(world.folder / "typed-critique.yaml", settings))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import ray
@@ -12,6 +14,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from rayrlhf.cluster import ray_placement, session
 from rayrlhf.cluster.nodes import all_nodes
+from rayrlhf.cluster.ray_placement import Reservation
 from rayrlhf.cluster.spec import RoleSpec
 from rayrlhf.cluster.start import Groups, start_groups
 from rayrlhf.config.base import NodeConfig
@@ -37,6 +40,22 @@ def with_gpus(name: str, ranks: int, gpus: int = 1) -> RoleSpec:
 
 def start(specs, settings=SETTINGS, **more) -> Groups:
     return start_groups(specs, executor="ray", settings=settings, **more)
+
+
+@contextmanager
+def held_for(claims: list[Claim], settings=SETTINGS, sharing="colocated", tell=None) -> Iterator[Reservation]:
+    """The GPUs of roles, without their processes."""
+    reservation = ray_placement.reserve(claims, sharing, settings, tell)
+    try:
+        yield reservation
+    finally:
+        reservation.release()
+
+
+def kept_for(reservation: Reservation, role: str) -> list[tuple[str, str]]:
+    """Node and GPUs of each rank that is to come."""
+    seats = reservation.placement.of(role)
+    return [(reservation.node(role, seat.rank).id, reservation.devices(role, seat.rank)) for seat in seats]
 
 
 def seats_of(groups: Groups, role: str) -> list[tuple[str, str]]:
@@ -66,24 +85,24 @@ def test_roles_with_gpus_of_their_own(cluster):
 
 
 def test_roles_share_gpus_and_ranks_are_packed_by_node(cluster):
-    specs = [with_gpus("policy", 3), with_gpus("critic", 3), with_gpus("rollout", 1, gpus=2)]
-    with start(specs, sharing="colocated") as groups:
-        policy, critic, rollout = (seats_of(groups, role) for role in ("policy", "critic", "rollout"))
-        assert critic == policy and len(set(policy)) == 3
+    with start([with_gpus("policy", 3), with_gpus("rollout", 1, gpus=2)], sharing="colocated") as groups:
+        policy, rollout = (seats_of(groups, role) for role in ("policy", "rollout"))
+        assert len(set(policy)) == 3
         counts = [sum(node == other for other, _ in policy) for node in dict.fromkeys(node for node, _ in policy)]
         assert sorted(counts) == [1, 2]
         assert [node for node, _ in policy] == sorted((n for n, _ in policy), key=[n for n, _ in policy].index)
         covered = [(node, gpu) for node, gpus in rollout for gpu in gpus.split(",")]
         assert len(covered) == 2 and set(covered) < set(policy)
-        assert groups.placement.sharing("policy") == {"critic", "rollout"}
+        assert groups.placement.sharing("policy") == {"rollout"}
         assert held() == 3
     until_free()
 
 
 def test_some_roles_share(cluster):
-    specs = [with_gpus(name, 1) for name in ("policy", "critic", "reference", "reward")]
-    with start(specs, sharing=[["policy", "critic"], ["reference", "reward"]]) as groups:
-        policy, critic, reference, reward = (seats_of(groups, spec.name) for spec in specs)
+    names = ("policy", "critic", "reference", "reward")
+    sharing = [["policy", "critic"], ["reference", "reward"]]
+    with held_for([Claim(name, 1, 1) for name in names], sharing=sharing) as reservation:
+        policy, critic, reference, reward = (kept_for(reservation, name) for name in names)
         assert policy == critic and reference == reward and not set(policy) & set(reference)
     until_free()
 
@@ -91,8 +110,8 @@ def test_some_roles_share(cluster):
 def test_the_machines_that_are_named_are_the_ones_used(cluster):
     """Two machines of one GPU: as planned, though one of two would do."""
     settings = SETTINGS.model_copy(update={"nodes": [NodeConfig(count=2, gpus=1)]})
-    with start([with_gpus("policy", 2)], settings) as groups:
-        seats = seats_of(groups, "policy")
+    with held_for([Claim("policy", 2, 1)], settings) as reservation:
+        seats = kept_for(reservation, "policy")
         assert [gpus for _, gpus in seats] == ["0", "0"]
         assert all(gpus_of(node) == 1 for node, _ in seats)
     until_free()
@@ -102,11 +121,11 @@ def test_roles_that_start_later_take_the_seats_claimed_for_them(cluster):
     claims = [Claim("reference", 1, 1), Claim("model", 1, 1), Claim("rollout", 1, 2)]
     with start([with_gpus("reference", 1)], sharing="disaggregated", claims=claims) as shared:
         assert held() == 4
-        for _ in range(2):
-            with start([with_gpus("model", 1), with_gpus("rollout", 1, gpus=2)], beside=shared) as own:
+        for more in ([with_gpus("rollout", 1, gpus=2)], []):
+            with start([with_gpus("model", 1), *more], beside=shared) as own:
                 assert own.placement is shared.placement
                 assert not set(seats_of(own, "model")) & set(seats_of(shared, "reference"))
-                assert seats_of(own, "rollout")[0][1] == "0,1"
+                assert not more or seats_of(own, "rollout")[0][1] == "0,1"
             assert held() == 4  # they are the first groups'
         assert len(seats_of(shared, "reference")) == 1
     until_free()
@@ -150,8 +169,8 @@ def test_machines_that_are_on_their_way_are_waited_for(cluster):
         added.append(cluster.add_node(wait=False, num_cpus=1, num_gpus=2))
 
     try:
-        with start([with_gpus("policy", 4)], settings, tell=tell) as groups:
-            assert len({node for node, _ in seats_of(groups, "policy")}) == 2
+        with held_for([Claim("policy", 4, 1)], settings, tell=tell) as reservation:
+            assert len({node for node, _ in kept_for(reservation, "policy")}) == 2
         assert len(told) == 1 and "the Ray cluster has 1 machine of 2 GPUs" in told[0]
     finally:
         for node in added:
@@ -253,8 +272,8 @@ def test_gpus_that_others_hold_are_waited_for_no_longer_than_the_deadline(others
 
 
 def test_a_run_starts_beside_others_where_there_is_room_and_as_soon_as_there_is(others):
-    with start([with_gpus("rollout", 1)], QUICK) as groups:
-        assert len(seats_of(groups, "rollout")) == 1
+    with held_for([Claim("rollout", 1, 1)], QUICK) as reservation:
+        assert len(kept_for(reservation, "rollout")) == 1 and held() == 4
     until_free(3)
     giving_back = threading.Timer(1.5, remove_placement_group, [others])
     giving_back.start()

@@ -84,7 +84,11 @@ def settings_of(lm: Any) -> dict[str, Any]:
 def engine(request: pytest.FixtureRequest, untied: Path) -> Iterator[Adapted]:
     engine = Adapted(request.param, untied)
     yield engine
+    workers = engine.rollout._engine._engine.model_executor.workers if "two" in request.param else []
+    processes = [worker.proc for worker in workers]
+    assert all(process.is_alive() for process in processes)
     engine.close()
+    assert not any(process.is_alive() for process in processes)
 
 
 def test_an_adapter_makes_the_engine_what_peft_makes_of_the_model(engine: Adapted) -> None:

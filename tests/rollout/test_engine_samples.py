@@ -17,6 +17,7 @@ from rayrlhf.actors.rollout_transformers import draw, processed_logprobs
 from rayrlhf.batch import Batch
 from rayrlhf.config.schema import RolloutConfig
 from rayrlhf.errors import InputRefused, RunFailed
+from rayrlhf.planning.known import shape_of
 
 LETTERS = {"stop": ["ab", "hg"], "top_k": 5, "top_p": 0.8, "max_response_tokens": 20, "chunk_samples": 1000}
 
@@ -54,6 +55,21 @@ def plain(untied: Path) -> torch.nn.Module:
 
 def all_of(rollout: RolloutEngine, prompts: Batch, **kwargs: object) -> Batch:
     return Batch.concat(list(rollout.generate(prompts, **kwargs)))
+
+
+def cache_of(worker: object) -> list[int]:
+    """Bytes of a vLLM worker's KV cache, its blocks and the tokens of each."""
+    storages = [tensor.untyped_storage() for tensor in worker.model_runner.kv_caches]  # type: ignore[attr-defined]
+    config = worker.vllm_config.cache_config  # type: ignore[attr-defined]
+    nbytes = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return [nbytes, config.num_gpu_blocks, config.block_size]
+
+
+@pytest.mark.parametrize("rollout", ["vllm"], indirect=True)
+def test_vllm_keeps_what_is_planned_for_a_token(rollout: RolloutEngine, untied: Path) -> None:
+    ((nbytes, blocks, block_size),) = rollout._engine._engine.collective_rpc(cache_of)
+    # By hand: keys and values x 2 layers x 1 key-value head x 32 x 4 bytes.
+    assert nbytes / (blocks * block_size) == shape_of(str(untied)).kv_bytes_per_token(4) == 512
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -57,10 +57,7 @@ class Spread:
 def spread(untied: Path) -> Iterator[Spread]:
     spread = Spread(untied)
     yield spread
-    processes = spread.processes
-    assert all(process.is_alive() for process in processes)
     spread.close()
-    assert not any(process.is_alive() for process in processes)
 
 
 def local_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -160,60 +157,40 @@ def test_damage_on_the_way_is_named(spread: Spread) -> None:
     spread.send(model)
 
 
-def test_a_tied_output_layer_is_spread_too(tied: Path) -> None:
-    """A Qwen2: its attention has biases."""
-    spread = Spread(tied)
-    try:
-        for seed in (1, 2):
-            model = models.new_weights(tied, seed)
-            spread.send(model)
-            assert models.largest_difference(model, spread.generate(models.prompts([5, 40])), 1.0) <= 1e-5
-    finally:
-        spread.close()
-
-
-def test_a_worker_that_dies_while_it_generates_is_named_within_ten_seconds(untied: Path) -> None:
-    spread = Spread(untied)
-    processes = spread.processes
-    stream = spread.rollout.generate(models.prompts([5], samples=60))
-    next(stream)
-    os.kill(processes[1].pid, signal.SIGKILL)
-    started = time.monotonic()
-    with pytest.raises(RunFailed, match=r"rollout rank 1: worker 1 of 2 \(process \d+\) was killed by SIGKILL"):
-        list(stream)
-    assert time.monotonic() - started < 10
-    with pytest.raises(RunFailed, match="worker 1 of 2"):
-        spread.send(models.new_weights(untied, 1))
-    spread.close()
-    assert not any(process.is_alive() for process in processes)
-
-
-ORPHANS = """
-import os, sys
+TIED = """
+import sys
+from pathlib import Path
 import rollout_models as models
-from rayrlhf.actors.rollout import RolloutEngine
-from rayrlhf.config import RolloutConfig
+from test_tensor_parallel import Spread
 
 if __name__ == "__main__":
-    config = RolloutConfig(engine="vllm", tensor_parallel=2, max_num_seqs=8, max_response_tokens=200)
-    engine = RolloutEngine(models.CPU, model_path=sys.argv[1], config=config, dtype="float32", max_model_tokens=256)
-    print("workers", *[worker.proc.pid for worker in engine._engine._engine.model_executor.workers], flush=True)
-    list(engine.generate(models.prompts([5], samples=5000)))
+    path = Path(sys.argv[1])
+    spread = Spread(path)
+    for seed in (1, 2):
+        model = models.new_weights(path, seed)
+        spread.send(model)
+        assert models.largest_difference(model, spread.generate(models.prompts([5, 40])), 1.0) <= 1e-5
+    print("workers", *[process.pid for process in spread.processes], flush=True)
+    spread.generate(models.prompts([5], samples=5000))
 """
 
 
-def test_no_worker_outlives_an_engine_that_is_killed(untied: Path, tmp_path: Path) -> None:
-    script = tmp_path / "orphans.py"
-    script.write_text(ORPHANS)
+def test_a_tied_output_layer_is_spread_too_and_no_worker_outlives_an_engine_that_is_killed(
+    tied: Path, tmp_path: Path
+) -> None:
+    """A Qwen2: its attention has biases."""
+    script = tmp_path / "tied.py"
+    script.write_text(TIED)
     paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
     with subprocess.Popen(
-        [sys.executable, str(script), str(untied)],
+        [sys.executable, str(script), str(tied)],
         env={**os.environ, "PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"},
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
         try:
-            said = next(line for line in process.stdout if line.startswith("workers"))
+            said = next((line for line in process.stdout if line.startswith("workers")), None)
+            assert said is not None, "what it failed at is on the standard error"
             time.sleep(1)
             assert process.poll() is None
         finally:
@@ -272,3 +249,19 @@ def test_sizes_that_do_not_divide_the_model_are_refused(untied: Path) -> None:
             dtype="float32",
             max_model_tokens=64,
         )
+
+
+def test_a_worker_that_dies_while_it_generates_is_named_within_ten_seconds(spread: Spread) -> None:
+    """The last one here that has this engine."""
+    processes = spread.processes
+    stream = spread.rollout.generate(models.prompts([5], samples=60))
+    next(stream)
+    os.kill(processes[1].pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RunFailed, match=r"rollout rank 1: worker 1 of 2 \(process \d+\) was killed by SIGKILL"):
+        list(stream)
+    assert time.monotonic() - started < 10
+    with pytest.raises(RunFailed, match="worker 1 of 2"):
+        spread.send(models.new_weights(spread.path, 1))
+    spread.close()
+    assert not any(process.is_alive() for process in processes)
