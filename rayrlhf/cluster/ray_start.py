@@ -185,10 +185,11 @@ class _Start:
             process = self.processes[number]
             for line in problem.problems if isinstance(problem, Failure) else ():
                 found.setdefault((process.spec.name, line), {}).setdefault(process.node.name, process.rank)
-        return InputRefused(
+        lines = [
             f"{role} {', '.join(f'rank {rank} on {node}' for node, rank in ranks.items())}: {line}"
             for (role, line), ranks in found.items()
-        )
+        ]
+        return InputRefused(lines, started=True)
 
     @staticmethod
     def _failed(process: _Process, problem: Failure | RayError) -> RoleFailed:

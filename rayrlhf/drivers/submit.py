@@ -111,10 +111,10 @@ def submit(
         # From here on, Ctrl-C finds a job that may have been accepted.
         with _left_by_interrupt(f"Interrupted while job {job} was sent; it may run. {_come_back(job, watching)}"):
             dashboard.submit(
+                job,
                 archive,
                 env_vars={**_for_stopping(stop_seconds), **variables},
                 setup_hook=HOOK,
-                submission_id=job,
                 entrypoint=_entrypoint(command, resume, console),
                 metadata={"rayrlhf": __version__, "run_dir": there.run_dir, _STOP_KEY: str(stop_seconds)},
             )

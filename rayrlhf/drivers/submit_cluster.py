@@ -203,25 +203,42 @@ class Dashboard:
         with _told(url), _without_addresses():
             self._client = Client(url, headers=dict(headers))
 
-    def submit(self, archive: Path, *, env_vars: Mapping[str, str], setup_hook: str, **job: Any) -> str:
+    def submit(self, job: str, archive: Path, *, env_vars: Mapping[str, str], setup_hook: str, **more: Any) -> None:
         """Upload an archive, and start a job with it at the head of its import path.
 
         It doesn't go as Ray's ``working_dir``: that is removed and unpacked again by each further node which has the same
         temporary folder (several nodes on one machine), under the feet of the processes that run in it.
 
         Args:
+            job: its name.
             archive: a zip file.
             env_vars: for the job and its roles.
             setup_hook: function that each worker process calls first.
-            job: further arguments of Ray's ``submit_job``.
+            more: further arguments of Ray's ``submit_job``.
 
-        Returns:
-            The job's name.
+        Raises:
+            RunFailed: where it wasn't accepted, or nobody knows whether it was.
         """
+        import requests
+
         with _told(self.url):
             uri = self._client._upload_package_if_needed(str(archive), include_gitignore=False, is_file=True)
             environment = {"py_modules": [uri], "env_vars": dict(env_vars), "worker_process_setup_hook": setup_hook}
-            return self._client.submit_job(runtime_env=environment, **job)
+            try:
+                self._client.submit_job(runtime_env=environment, submission_id=job, **more)
+            except requests.RequestException as error:
+                if not self._is_known(job):
+                    raise RunFailed(
+                        f"the dashboard at {self.url} was sent job {job}, and didn't say whether it accepts it "
+                        f"({_first_line(error)}); if it did, `rayrlhf submit --follow {job} --address {self.url}` finds it"
+                    ) from error
+
+    def _is_known(self, job: str) -> bool:
+        """Whether the dashboard says that there is this job."""
+        try:
+            return self.info(job) is not None
+        except (RunFailed, InputRefused):
+            return False
 
     def info(self, job: str) -> Any:
         """What Ray knows of a job.

@@ -6,13 +6,16 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from rayrlhf.drivers import submit_cluster
 from rayrlhf.drivers.submit_cluster import Dashboard, check_dashboard, dashboard_url, find_token
-from rayrlhf.errors import InputRefused
+from rayrlhf.errors import InputRefused, RunFailed
 
 VERSION = json.dumps({"version": "4", "ray_version": "2.60.0"})
 
@@ -108,12 +111,16 @@ def test_two_slow_answers_have_one_deadline(serve, monkeypatch):
 
 
 class Slow(BaseHTTPRequestHandler):
-    """Takes an archive of any size, 2 MiB in 0.3 s."""
+    """Takes an archive of any size, 2 MiB in 0.3 s, and jobs; of those called ``lost`` it knows nothing afterwards."""
 
     received = 0
+    jobs: ClassVar[list[str]] = []
+    answers = True
 
     def do_GET(self):
-        self.reply(*((200, VERSION) if self.path == "/api/version" else (404, "")))
+        known = {"type": "SUBMISSION", "status": "RUNNING", "entrypoint": "true"}
+        found = {"/api/version": VERSION, **{f"/api/jobs/{job}": json.dumps(known) for job in self.jobs}}
+        self.reply(200 if self.path in found else 404, found.get(self.path, ""))
 
     def do_PUT(self):
         left = int(self.headers["Content-Length"])
@@ -124,8 +131,13 @@ class Slow(BaseHTTPRequestHandler):
         self.reply(200, "")
 
     def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.reply(200, json.dumps({"job_id": "a-1", "submission_id": "a-1"}))
+        job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["submission_id"]
+        if job != "lost":
+            self.jobs.append(job)
+        if job == "wrong":
+            self.reply(500, "no such entrypoint")
+        elif self.answers:
+            self.reply(200, json.dumps({"job_id": job, "submission_id": job}))
 
     def reply(self, status: int, text: str) -> None:
         self.send_response(status)
@@ -136,20 +148,36 @@ class Slow(BaseHTTPRequestHandler):
         """Nothing on the terminal."""
 
 
-def test_an_upload_may_take_longer_than_any_of_its_pieces(monkeypatch, tmp_path):
+@pytest.fixture
+def slow(monkeypatch) -> Iterator[Dashboard]:
     monkeypatch.setattr(submit_cluster, "CALL_SECONDS", (1.0, 10.0))
     monkeypatch.setattr(submit_cluster, "UPLOAD_SECONDS", (1.0, 10.0))
-    archive = tmp_path / "job.zip"
-    archive.write_bytes(bytes(20 << 20))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        dashboard = Dashboard(f"http://127.0.0.1:{server.server_address[1]}", {})
-        begun = time.monotonic()
-        assert dashboard.submit(archive, env_vars={}, setup_hook="a.b", entrypoint="true") == "a-1"
-        assert time.monotonic() - begun > 2 and Slow.received == 20 << 20
-    finally:
-        server.shutdown()
+    yield Dashboard(f"http://127.0.0.1:{server.server_address[1]}", {})
+    server.shutdown()
+
+
+def submit(dashboard: Dashboard, job: str, archive: Path, nbytes: int) -> None:
+    archive.write_bytes(bytes(nbytes))
+    dashboard.submit(job, archive, env_vars={}, setup_hook="a.b", entrypoint="true")
+
+
+def test_an_upload_may_take_longer_than_any_of_its_pieces(slow, tmp_path):
+    begun = time.monotonic()
+    submit(slow, "a-1", tmp_path / "job.zip", 20 << 20)
+    assert time.monotonic() - begun > 2 and Slow.received == 20 << 20 and Slow.jobs[-1] == "a-1"
+
+
+def test_a_job_whose_acceptance_gets_lost_is_asked_for(slow, tmp_path, monkeypatch):
+    """The connection ends without an answer: to a job that runs, and to one that was never heard of."""
+    monkeypatch.setattr(Slow, "answers", False)
+    submit(slow, "runs", tmp_path / "job.zip", 100)
+    with pytest.raises(RunFailed, match="was sent job lost, and didn't say whether it accepts it.*--follow lost"):
+        submit(slow, "lost", tmp_path / "job.zip", 100)
+    with pytest.raises(RunFailed, match="no such entrypoint") as refused:
+        submit(slow, "wrong", tmp_path / "job.zip", 100)
+    assert "--follow" not in str(refused.value)
 
 
 def test_a_name_that_takes_for_ever_to_look_up(monkeypatch):

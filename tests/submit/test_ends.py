@@ -240,10 +240,8 @@ def test_ctrl_c_while_a_job_is_sent_says_that_it_may_run(monkeypatch, tmp_path, 
         def __init__(self, *_):
             pass
 
-        def submit(
-            self, archive: Path, *, submission_id: str, env_vars: dict[str, str], metadata: dict[str, str], **__
-        ):
-            self.asked.append((submission_id, archive))
+        def submit(self, job: str, archive: Path, *, env_vars: dict[str, str], metadata: dict[str, str], **__):
+            self.asked.append((job, archive))
             assert env_vars["RAY_JOB_STOP_WAIT_TIME_S"] == metadata["stop_seconds"] == "270" and archive.exists()
             if not accepted:
                 raise KeyboardInterrupt
