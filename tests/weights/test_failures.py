@@ -240,7 +240,7 @@ def test_a_sender_that_is_gone_is_not_looked_for_long() -> None:
     started = time.monotonic()
     with pytest.raises(RunFailed, match="the driver can't join .* the policy's process does not answer at 127.0.0.1:"):
         abort(address, 1, "over")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_who_does_not_come_to_the_rendezvous_is_named() -> None:
