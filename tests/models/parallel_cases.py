@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -179,3 +180,10 @@ def refused(world: World, kind: str, path: str, trained: dict[str, Any]) -> list
     except InputRefused as error:
         return error.problems
     return []
+
+
+def loads_the_compiler(world: World, path: str) -> bool:
+    """Whether a process that trains has loaded torch's compiler for it."""
+    for trained in ({"zero_stage": 1}, {"zero_stage": 3, "dtype": "bfloat16"}):
+        steps(world, kind="policy", path=path, trained=trained, parts=[list(range(10))], budget=1000)
+    return "torch._inductor.compile_fx" in sys.modules

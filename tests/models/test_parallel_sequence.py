@@ -11,7 +11,7 @@ import torch
 
 from tests.models import plain
 from tests.models.making import LINEAR_ADAM, alone
-from tests.models.parallel_cases import ragged, refused, steps
+from tests.models.parallel_cases import loads_the_compiler, ragged, refused, steps
 from tests.models.ranks import Ranks
 
 ALL = list(range(10))
@@ -218,3 +218,12 @@ def test_bfloat16(four_heads: Path, two_ranks: Ranks) -> None:
         assert result["norms"] == pytest.approx(expected["norms"], rel=0.03)
         as_tensors = [{n: torch.from_numpy(m) for n, m in r["moved"].items()} for r in (result, expected)]
         assert plain.relative_difference(*as_tensors) < 0.3
+
+
+def test_to_train_is_not_to_load_torchs_compiler(four_heads: Path) -> None:
+    """It would be a second of processor time in each process, of a start that takes four."""
+    fresh = Ranks(1)
+    try:
+        assert fresh.run(loads_the_compiler, path=str(four_heads)) == [False]
+    finally:
+        fresh.close()
