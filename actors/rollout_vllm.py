@@ -24,6 +24,7 @@ from rayrlhf.actors.rollout_adapter import adapter_request
 from rayrlhf.actors.rollout_common import Failed, Finished, ModelFacts, Part, Request, check_tensor_parallel
 from rayrlhf.actors.rollout_intake import Intake
 from rayrlhf.actors.rollout_process import children, import_vllm, own_random_state, quiet, undisturbed
+from rayrlhf.config.derive import lora_room
 from rayrlhf.config.schema import SamplerConfig
 from rayrlhf.config.trainers import LoraConfig
 from rayrlhf.errors import InputRefused, RunFailed
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VllmEngine", "kv_cache_bytes"]
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks for which vLLM makes room."""
 DEATH_SECONDS = 2.0
 """So long after a call has failed a worker's death, which may be why, is waited for."""
 TOKENS_PER_STEP = 8192
@@ -346,21 +345,6 @@ def engine_arguments(
             "max_lora_rank": lora_room(lora.rank),
         }
     return arguments
-
-
-def lora_room(rank: int) -> int:
-    """The least rank for which vLLM makes room in which adapters of this rank fit.
-
-    Raises:
-        InputRefused: where it makes none that is large enough.
-    """
-    room = next((size for size in LORA_RANKS if size >= rank), None)
-    if room is None:
-        raise InputRefused(
-            f"policy.lora.rank is {rank}; vLLM applies adapters up to rank {LORA_RANKS[-1]}. rollout.lora_transfer=merged has "
-            "no such limit."
-        )
-    return room
 
 
 def kv_cache_bytes(model: Any, config: SamplerConfig, dtype: str, max_model_tokens: int) -> int:

@@ -11,6 +11,7 @@ from rayrlhf.config.roots import OfflineConfig
 from rayrlhf.config.schema import Config
 
 __all__ = [
+    "LORA_RANKS",
     "Derived",
     "DerivedOffline",
     "PlanRow",
@@ -22,6 +23,7 @@ __all__ = [
     "guard_actions",
     "lengths_of",
     "longest_of",
+    "lora_room",
     "needs_gpu",
     "needs_reference",
     "ranks_in_words",
@@ -29,6 +31,9 @@ __all__ = [
     "takes",
     "uses_policy_as_reference",
 ]
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks of adapters for which vLLM makes room (`MaxLoRARanks` in vllm/config/lora.py)."""
 
 
 class PlanRow(NamedTuple):
@@ -114,6 +119,11 @@ class DerivedOffline:
 def uses_policy_as_reference(config: Config | PreferenceConfig) -> bool:
     """Whether the reference is the policy with its adapters off, in the policy's own processes."""
     return config.reference is not None and config.reference.path is None and config.policy.lora is not None
+
+
+def lora_room(rank: int) -> int:
+    """The least rank for which vLLM makes room in which adapters of this rank fit; the configuration's rules know the largest."""
+    return next(room for room in LORA_RANKS if room >= rank)
 
 
 def data_ranks(section: Any) -> int:

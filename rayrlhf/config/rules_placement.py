@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rayrlhf.config.derive import needs_gpu, roles_of
+from rayrlhf.config.derive import LORA_RANKS, needs_gpu, roles_of
 from rayrlhf.config.offline import PreferenceConfig
 from rayrlhf.config.roots import EVERY, JOBS, TRAINED, AnyConfig, TrainedRoot
 from rayrlhf.config.rulebook import Violation, rule
@@ -169,6 +169,18 @@ def _adapters_travel_where_there_are_some(config: Any) -> Iterator[Violation]:
         yield Violation(
             ("rollout.lora_transfer", "policy.lora"),
             "found adapter, but the policy has none (policy.lora: null); legal: merged, or policy.lora",
+        )
+
+
+@rule(of=_SENDS)
+def _adapters_fit_into_their_engine(config: Any) -> Iterator[Violation]:
+    """`rollout.lora_transfer: adapter` with vLLM takes a `policy.lora.rank` of at most 512, for which vLLM makes room."""
+    rollout, lora = config.rollout, config.policy.lora
+    if rollout.lora_transfer == "adapter" and rollout.engine == "vllm" and lora and lora.rank > LORA_RANKS[-1]:
+        yield Violation(
+            ("policy.lora.rank", "rollout.lora_transfer", "rollout.engine"),
+            f"found {lora.rank}, but vLLM applies adapters up to rank {LORA_RANKS[-1]}; legal: up to that, or"
+            " rollout.lora_transfer merged",
         )
 
 

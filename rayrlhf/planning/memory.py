@@ -7,11 +7,12 @@ P: parameters of the model, T: those of them that are trained, N: data-parallel 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rayrlhf.config.derive import data_ranks
+from rayrlhf.config.derive import data_ranks, lora_room
 from rayrlhf.config.trainers import LoraConfig, ModelConfig, TrainedConfig
 from rayrlhf.planning.offload import Block, moved_bytes, optimizer_blocks, parameter_blocks, pinned_bytes, segment_bytes
 from rayrlhf.planning.shapes import Shape, Weight, numel
@@ -26,6 +27,7 @@ __all__ = [
     "WORKSPACE",
     "ModelBytes",
     "cache_bytes",
+    "engine_adapter_bytes",
     "engine_backup_bytes",
     "engine_bytes",
     "forward_bytes",
@@ -284,6 +286,31 @@ def engine_bytes(shape: Shape, dtype: str, tensor_parallel: int) -> int:
     weights, size = shape.weights(), itemsize_of(dtype)
     vectors = numel(w for w in weights if len(w.shape) == 1)
     return size * ((numel(weights) - vectors) // tensor_parallel + vectors)
+
+
+def engine_adapter_bytes(shape: Shape, rank: int, dtype: str, tensor_parallel: int) -> int:
+    """Room for an adapter on one GPU of a vLLM engine that gets adapters alone, at most: b r (in + out) a linear layer.
+
+    vLLM makes it for all layers, whichever of them the adapter has, with `lora_room` for r. Of a layer whose outputs are
+    spread over GPUs (queries, gate, ...) each has its share of the out, with one key-value head at least; of one whose inputs
+    are (the other two), its share of the in. Embedding and output layer have room on each GPU, in most families. Each expert
+    has its own. Hu et al. 2022, section 4.1; vllm/lora/layers.
+    """
+    t, keys = tensor_parallel, max(1, shape.kv_heads // tensor_parallel) * shape.head_dim
+    count = 2 * (shape.vocabulary + shape.hidden)
+    for weight in shape.layer_weights():
+        name = weight.name.removesuffix(".weight")
+        if len(weight.shape) == 1 or name.endswith(".gate"):
+            continue
+        *experts, out, into = weight.shape
+        if name.endswith(("o_proj", "down_proj")):
+            each = into // t + out
+        elif name.endswith(("k_proj", "v_proj")):
+            each = into + keys
+        else:
+            each = into * (2 if name.endswith("gate_up_proj") else 1) + out // t
+        count += shape.layers * math.prod(experts) * each
+    return itemsize_of(dtype) * lora_room(rank) * count
 
 
 def cache_bytes(sequences: int, tokens: int, token_bytes: int, block: int = KV_BLOCK) -> int:

@@ -20,12 +20,14 @@ from rayrlhf.planning.memory import (
     KV_BLOCK,
     WORKSPACE,
     cache_bytes,
+    engine_adapter_bytes,
     engine_backup_bytes,
     engine_bytes,
     itemsize_of,
 )
 from rayrlhf.planning.models import HeldModels, Known
 from rayrlhf.planning.placement import Machine, Placement, Seat
+from rayrlhf.planning.shapes import Shape, numel
 from rayrlhf.planning.transfer import Transfer
 
 __all__ = ["START", "EngineBytes", "GpuUsage", "HostUsage", "Usage", "engine_of", "phases_of", "usage_of"]
@@ -71,6 +73,7 @@ class EngineBytes:
     """What an engine holds on one of its GPUs."""
 
     weights: int
+    """With the room for an adapter that is sent alone."""
     kv_cache: int
     """Below 0 where weights and workspace leave nothing of the engine's share."""
     workspace: int
@@ -99,7 +102,8 @@ def engine_of(config: Any, known: Known, gpu_memory: int | None) -> EngineBytes 
     default = config.policy.dtype if hasattr(config, "policy") else config.measure.dtype
     dtype, tp = rollout.dtype or default, rollout.tensor_parallel
     shape = max((model.shape for model in models), key=lambda shape: shape.parameters())
-    weights = engine_bytes(shape, dtype, tp)
+    room = _adapter_room(config, shape, dtype)
+    weights = engine_bytes(shape, dtype, tp) + room
     workspace = ENGINE_WORKSPACE if cuda and rollout.engine == "vllm" else 0
     # A size that is given is refused by the role, which knows no GPU's blocks: `rayrlhf.actors.rollout_vllm.kv_cache_bytes`.
     block = BLOCK[config.cluster.device] if rollout.kv_cache_gib is None else KV_BLOCK
@@ -113,9 +117,19 @@ def engine_of(config: Any, known: Known, gpu_memory: int | None) -> EngineBytes 
         cache = int(rollout.gpu_memory_fraction * gpu_memory) - weights - workspace
     else:
         cache = cache_bytes(rollout.max_num_seqs, longest, token, block)
-    backup = engine_backup_bytes(shape, dtype, tp)
+    backup = engine_backup_bytes(shape, dtype, tp) + room
     sequences = max(0, cache - block * token) // (least - block * token)
     return EngineBytes(weights, cache, workspace, backup, least, sequences, gpu_memory if cuda else None)
+
+
+def _adapter_room(config: Any, shape: Shape, dtype: str) -> int:
+    """What an engine that gets adapters alone keeps for one, on each of its GPUs."""
+    lora = getattr(config.policy, "lora", None) if hasattr(config, "policy") else None
+    if lora is None or config.rollout.lora_transfer != "adapter":
+        return 0
+    if config.rollout.engine == "vllm":
+        return engine_adapter_bytes(shape, lora.rank, dtype, config.rollout.tensor_parallel)
+    return itemsize_of(dtype) * numel(shape.adapters(lora))
 
 
 # -- devices ----------------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ CASES = [
     ("nvme_has_a_folder", ["critic.offload_optimizer=nvme", "critic.zero_stage=3"], "critic.nvme_path", "needs a folder", ["critic.nvme_path=/nvme"]),
     ("nvme_has_a_folder", ["policy.nvme_path=/nvme", "policy.offload_optimizer=cpu"], "policy.nvme_path", "nothing is offloaded to", ["policy.offload_optimizer=nvme", "policy.zero_stage=3"]),
     ("adapters_travel_where_there_are_some", ["rollout.lora_transfer=adapter"], "rollout.lora_transfer", "legal: merged, or policy.lora", ["policy.lora={}"]),
+    ("adapters_fit_into_their_engine", ["rollout.lora_transfer=adapter", "policy.lora={rank: 600}", "reference={}"], "policy.lora.rank", "found 600, but vLLM applies adapters up to rank 512", ["policy.lora.rank=512"]),
     ("transport_has_its_wire", ["rollout.weight_transport=nccl"], "rollout.weight_transport", "cluster.device is cpu", ["cluster.device=cuda", "cluster.placement=disaggregated"]),
     ("nccl_goes_between_gpus", ["rollout.weight_transport=nccl", "cluster.device=cuda"], "rollout.weight_transport", "no two processes on one", ["rollout.weight_transport=ipc"]),
     ("nvme_takes_what_is_spread", ["policy.offload_optimizer=nvme", "policy.nvme_path=/nvme"], "policy.offload_optimizer", "found nvme with policy.zero_stage 2", ["policy.zero_stage=3"]),

@@ -94,6 +94,7 @@ CASES = [
     ("dpo", "nccl_goes_between_gpus", ["rollout.weight_transport=nccl", "cluster.device=cuda"], "rollout.weight_transport", "no two processes on one", ["rollout.weight_transport=ipc"]),
     ("sft", "nvme_has_a_folder", ["policy.offload_optimizer=nvme", "policy.zero_stage=3"], "policy.nvme_path", "needs a folder", ["policy.nvme_path=/nvme"]),
     ("dpo", "adapters_travel_where_there_are_some", ["rollout.lora_transfer=adapter"], "rollout.lora_transfer", "legal: merged", ["policy.lora={}"]),
+    ("dpo", "adapters_fit_into_their_engine", ["rollout.lora_transfer=adapter", "policy.lora={rank: 600}"], "policy.lora.rank", "legal: up to that", ["policy.lora.rank=8"]),
     ("dpo", "transport_has_its_wire", ["rollout.weight_transport=ipc"], "rollout.weight_transport", "cluster.device is cpu", ["cluster.device=cuda"]),
     ("dpo", "ipc_shares_gpus", ["rollout.weight_transport=ipc", "cluster.device=cuda", "cluster.placement=disaggregated"], "rollout.weight_transport", "GPUs of their own", ["cluster.placement=colocated"]),
     ("dpo", "cache_is_vllms", ["rollout.engine=transformers", "rollout.kv_cache_gib=1"], "rollout.kv_cache_gib", "legal: null", ["rollout.engine=vllm"]),

@@ -9,6 +9,7 @@ import pytest
 from rayrlhf.config.trainers import PolicyConfig, TrainedConfig
 from rayrlhf.planning.known import shape_of
 from rayrlhf.planning.memory import (
+    engine_adapter_bytes,
     engine_backup_bytes,
     engine_bytes,
     forward_bytes,
@@ -90,19 +91,17 @@ def test_a_real_engine_asks_for_the_blocks_that_are_planned(ranks, stage, dtype,
 
 # -- by hand ------------------------------------------------------------------------------------------------------------
 
-TINY = Shape.of(
-    {
-        "model_type": "llama",
-        "vocab_size": 100,
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "tie_word_embeddings": False,
-    },
-    "",
-)
+TINY_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": False,
+}
+TINY = Shape.of(TINY_CONFIG, "")
 # embedding 800, output 800, last norm 8; a layer: q 64, k 32, v 32, o 64, MLP 3 x 128, norms 16: 592. In all 2,792.
 P = 2792
 
@@ -213,3 +212,13 @@ def test_activations_by_hand():
 def test_weights_of_an_engine():
     assert engine_bytes(TINY, "float32", 1) == 4 * P
     assert engine_bytes(TINY, "bfloat16", 2) == 2 * ((P - 40) // 2 + 40)  # five norms of 8 are on each GPU
+
+
+def test_room_for_an_adapter_by_hand():
+    """Of rank 2, for which vLLM makes room for 8: q 8+8, k and v 8+4, o 8+8, MLP 3 x (8+16), so 128 a layer; embedding and output
+    100+8 each. Over two GPUs: q 8+4, k and v as before (there is one key-value head), o 4+8, gate and up 8+8, down 8+8: 96."""
+    assert engine_adapter_bytes(TINY, 2, "bfloat16", 1) == 2 * 8 * (2 * 128 + 2 * 108)
+    assert engine_adapter_bytes(TINY, 2, "bfloat16", 2) == 2 * 8 * (2 * 96 + 2 * 108)
+    # Two experts of gate, up and down instead: 2 x (2 x 8 + 32 + 16 + 8) in place of 3 x 24.
+    mixture = Shape.of({**TINY_CONFIG, "model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}, "")
+    assert engine_adapter_bytes(mixture, 9, "float32", 1) == 4 * 16 * (2 * (128 - 72 + 144) + 2 * 108)

@@ -16,12 +16,14 @@ from test_engine_weights import Trainer
 
 from rayrlhf.actors.rollout import RolloutEngine
 from rayrlhf.actors.rollout_adapter import adapted_name, scale_of, write_adapter
-from rayrlhf.actors.rollout_vllm import lora_room
 from rayrlhf.batch import Batch
 from rayrlhf.config import RolloutConfig
+from rayrlhf.config.derive import lora_room
 from rayrlhf.config.trainers import LoraConfig
-from rayrlhf.errors import InputRefused, RunFailed
+from rayrlhf.errors import RunFailed
 from rayrlhf.models.export import named_adapters, named_weights
+from rayrlhf.planning.known import shape_of
+from rayrlhf.planning.memory import engine_adapter_bytes
 from rayrlhf.weights import Manifest
 
 ENGINES = ["vllm", "vllm of two workers", "transformers"]
@@ -107,6 +109,25 @@ def test_an_adapter_makes_the_engine_what_peft_makes_of_the_model(engine: Adapte
         engine.send(other)
         assert engine.difference(other) <= 2e-5 and engine.difference(first) > 0.1
         assert engine.rollout.weight_version == engine.trainer.version
+
+
+def room_of(worker: object) -> int:
+    """Bytes that a vLLM worker keeps for adapters."""
+    found = 0
+    for module in worker.model_runner.model.modules():  # type: ignore[attr-defined]
+        for name in ("lora_a_stacked", "lora_b_stacked"):
+            tensors = getattr(module, name, ())
+            found += sum(t.nbytes for t in (tensors if isinstance(tensors, tuple | list) else [tensors]))
+    return found
+
+
+def test_the_room_for_an_adapter_is_as_planned(engine: Adapted) -> None:
+    inner = getattr(engine.rollout._engine, "_engine", None)
+    if inner is None:
+        return  # transformers: the adapter itself
+    found = inner.collective_rpc(room_of)
+    planned = engine_adapter_bytes(shape_of(str(engine.path)), LORA.rank, "float32", len(found))
+    assert found == [planned] * len(found)
 
 
 def test_an_adapter_of_some_modules_leaves_the_others_as_they_were(engine: Adapted) -> None:
@@ -210,5 +231,3 @@ def test_names_scales_and_files(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")["x"], torch.tensor([0.0, 1.0, 2.0]))
     assert (tmp_path / "adapter_config.json").read_text() == '{"r": 2, "target_modules": ["a", "b"]}'
     assert [lora_room(rank) for rank in (1, 8, 9, 300)] == [8, 8, 16, 320]
-    with pytest.raises(InputRefused, match=r"policy.lora.rank is 600; vLLM applies adapters up to rank 512"):
-        lora_room(600)
