@@ -14,7 +14,15 @@ from typing import Any
 
 from rayrlhf.config.derive import data_ranks, lora_room
 from rayrlhf.config.trainers import LoraConfig, ModelConfig, TrainedConfig
-from rayrlhf.planning.offload import Block, moved_bytes, optimizer_blocks, parameter_blocks, pinned_bytes, segment_bytes
+from rayrlhf.planning.offload import (
+    Block,
+    moved_bytes,
+    optimizer_blocks,
+    parameter_blocks,
+    pinned_bytes,
+    segment_bytes,
+    swap_blocks,
+)
 from rayrlhf.planning.shapes import Shape, Weight, numel
 
 __all__ = [
@@ -58,6 +66,10 @@ LIVE = 10**9
 """Parameters that ZeRO-3 keeps whole for a while: DeepSpeed's stage3_max_live_parameters."""
 PERSISTENT = 10**5
 """Parameters with fewer numbers stay whole under ZeRO-3: DeepSpeed's stage3_param_persistence_threshold."""
+SWAPPED_STATES, SWAPPED_PARAMETERS = 4, 5
+"""Buffers between host memory and a disk, of the optimizer's states and of parameters: DeepSpeed's buffer_count."""
+KEPT = 10**9
+"""Parameters that a rank keeps in host memory although they are to be on a disk: DeepSpeed's max_in_cpu."""
 LEAST_BUCKET = 2**24
 """Numbers of a reduction bucket, at least, where there are so many."""
 SUB_GROUP = 10**9
@@ -160,12 +172,17 @@ def trained_bytes(
             blocks += optimizer_blocks(trained, ranks, stage, size, SUB_GROUP)
         else:
             blocks.append(Block("gradients", 4 * learnt // ranks, True))
+            blocks += swap_blocks(4 * min(learnt // ranks, SUB_GROUP), SWAPPED_STATES)
             disk += optimizer
         optimizer = 0
     if config.offload_parameters == "cpu":
         blocks += parameter_blocks(everything, trained, ranks, size)
+    if config.offload_parameters == "nvme":
+        # As many numbers as `rayrlhf.models.zero` gives a buffer.
+        blocks += swap_blocks(size * (max(w.numel for w in everything) // ranks + 1), SWAPPED_PARAMETERS)
+        blocks.append(Block("parameters", size * min(learnt // ranks, KEPT), True))
+        disk += parameters
     if config.offload_parameters != "none":
-        disk += parameters if config.offload_parameters == "nvme" else 0
         parameters = 0
     states = ModelBytes(parameters, gradients, optimizer, bucket + whole + unreduced, copy, whole, disk=disk)
     # What is trained lies in one piece, and so does each kind of its states; what isn't, tensor by tensor.

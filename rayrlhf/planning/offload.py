@@ -14,7 +14,16 @@ from typing import NamedTuple
 
 from rayrlhf.planning.shapes import Weight, numel
 
-__all__ = ["PIECE", "Block", "moved_bytes", "optimizer_blocks", "parameter_blocks", "pinned_bytes", "segment_bytes"]
+__all__ = [
+    "PIECE",
+    "Block",
+    "moved_bytes",
+    "optimizer_blocks",
+    "parameter_blocks",
+    "pinned_bytes",
+    "segment_bytes",
+    "swap_blocks",
+]
 
 PIECE = 2**26
 """Bytes that a state which leaves its GPU takes of host memory at once, see `rayrlhf.models.residence`."""
@@ -52,6 +61,12 @@ def segment_bytes(tensors: Iterable[int]) -> int:
     sizes = list(tensors)
     own = sum(pinned_bytes(-(-size // STEP) * STEP) for size in sizes if size >= LARGE)
     return own + -(-sum(size for size in sizes if size < LARGE) // SMALL) * pinned_bytes(SMALL)
+
+
+def swap_blocks(nbytes: int, count: int) -> list[Block]:
+    """Buffers through which states travel between host memory and a disk. They are locked in memory as they are, not by torch:
+    `SwapBufferManager` (runtime/swap_tensor/utils.py), `AsyncPartitionedParameterSwapper` (partitioned_param_swapper.py)."""
+    return [Block("buffers", nbytes, False)] * count
 
 
 def optimizer_blocks(trained: Sequence[Weight], ranks: int, stage: int, size: int, sub_group: int) -> Iterator[Block]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,9 +15,40 @@ from rayrlhf.models.adapters import add_lora
 from rayrlhf.models.engine import TrainEngine, partitioner_for
 from rayrlhf.models.layout import ModelInput
 from rayrlhf.models.world import World
+from rayrlhf.models.zero import replaced
 
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
 """What DeepSpeed's optimizers call this rank's float32 master weights: of stages 1 and 2, of stage 1 in bfloat16, of stage 3."""
+
+
+class FileHandle:
+    """In the place of DeepSpeed's asynchronous I/O, which a C++ compiler has to make first: reads and writes at once."""
+
+    def __init__(self, **_: Any):
+        self.done = 0
+
+    def new_cpu_locked_tensor(self, count: int, like: Tensor) -> Tensor:
+        return torch.empty(count, dtype=like.dtype)
+
+    def is_pinned(self, _: Tensor) -> bool:
+        return True
+
+    def async_pwrite(self, tensor: Tensor, file: str, _: int = 0) -> int:
+        tensor.view(torch.uint8).numpy().tofile(file)
+        self.done += 1
+        return 0
+
+    def async_pread(self, tensor: Tensor, file: str, _: int = 0) -> int:
+        found = torch.from_file(file, size=tensor.nbytes, dtype=torch.uint8)
+        tensor.view(torch.uint8).copy_(found)
+        self.done += 1
+        return 0
+
+    sync_pwrite, sync_pread = async_pwrite, async_pread
+
+    def wait(self) -> int:
+        done, self.done = self.done, 0
+        return done
 
 
 class _Model(nn.Module):
@@ -155,3 +188,31 @@ def locked(world: World, settings: dict[str, Any], dimensions: dict[str, Any]) -
     finally:
         accelerator.pin_memory, engines.offload_settings = before, settings_of
     return found
+
+
+def swapped(world: World, settings: dict[str, Any], dimensions: dict[str, Any]) -> dict[str, list[int]]:
+    """Bytes of what a new engine has in host memory, whose states and parameters are to be on a disk."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper, partitioned_param_swapper
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = TrainedConfig.model_validate(settings)
+    files = SimpleNamespace(aio_handle=FileHandle)
+    with ExitStack() as stack:
+        for module in (partitioned_optimizer_swapper, partitioned_param_swapper):
+            stack.enter_context(replaced(module.AsyncIOBuilder, "load", lambda *_, **__: files))
+        stack.enter_context(replaced(type(get_accelerator()), "pin_memory", lambda _, tensor, *__, **___: tensor))
+        zero = partitioner_for(config, world, "policy", 60.0)
+        assert zero is not None
+        lm: Any = LlamaForCausalLM(LlamaConfig(**dimensions)).to(getattr(torch, config.dtype))
+        zero._begin(lm)
+        for parameter in lm.parameters():
+            zero.partition(parameter)
+        engine = TrainEngine(_Model(lm), config, world, total_steps=10, timeout_s=60.0)
+    optimizer = engine.engine.optimizer
+    swapper = next(lm.parameters()).nvme_swapper
+    return {
+        "buffers": [b.nbytes for b in optimizer.optimizer_swapper.swap_buffer_manager.all_buffers]
+        + [swapper.buffers.nbytes],
+        "parameters": [b.nbytes for b in optimizer.param_groups_fp16_flat_cpu_memory],
+    }

@@ -20,7 +20,7 @@ from rayrlhf.planning.memory import (
 from rayrlhf.planning.offload import moved_bytes, optimizer_blocks, parameter_blocks, pinned_bytes, segment_bytes
 from rayrlhf.planning.shapes import Shape
 from tests.models.ranks import Ranks
-from tests.planning.rank_cases import held, locked
+from tests.planning.rank_cases import held, locked, swapped
 
 SMALL = {
     "vocab_size": 1000,
@@ -89,6 +89,22 @@ def test_a_real_engine_asks_for_the_blocks_that_are_planned(ranks, stage, dtype,
     assert sorted(found) == sorted(block.nbytes for block in planned if block.pinned)
 
 
+@pytest.mark.parametrize("size, dtype", [(1, "bfloat16"), (2, "bfloat16"), (1, "float32")])
+def test_a_real_engine_has_the_buffers_between_memory_and_disk_that_are_planned(ranks, size, dtype, tmp_path):
+    config = TrainedConfig(
+        zero_stage=3,
+        dtype=dtype,
+        ranks=size,
+        nvme_path=str(tmp_path),
+        offload_optimizer="nvme",
+        offload_parameters="nvme",
+    )
+    host = trained_bytes(config, Shape.of({"model_type": "llama", **SMALL}, "")).host
+    for found in ranks[size].run(swapped, settings=config.model_dump(), dimensions=SMALL):
+        assert sum(found["buffers"]) == pytest.approx(host["buffers"], rel=1e-3)  # DeepSpeed rounds up to 1,024 bytes
+        assert sum(found["parameters"]) == host["parameters"]
+
+
 # -- by hand ------------------------------------------------------------------------------------------------------------
 
 TINY_CONFIG = {
@@ -140,7 +156,10 @@ def test_offloaded_states_are_elsewhere():
     nvme = trained_bytes(
         policy(zero_stage=3, offload_optimizer="nvme", offload_parameters="nvme", nvme_path="/n", ranks=2), TINY
     )
-    assert nvme.disk == 6 * P + P and nvme.parameters == 0 and "optimizer" not in nvme.host
+    assert nvme.disk == 6 * P + P and nvme.parameters == 0
+    # Four buffers for a rank's 1,396 numbers in float32, five for the largest tensor's share and one number in bfloat16; and
+    # DeepSpeed keeps the first 10^9 parameters of a rank in host memory all the same.
+    assert nvme.host == {"gradients": 4 * 1396, "buffers": 4 * 4 * 1396 + 5 * 2 * 401, "parameters": 2 * 1396}
     assert frozen_bytes(TINY, "bfloat16", 4, zero_stage=3).parameters == 2 * P // 4
     kept = frozen_bytes(TINY, "bfloat16", 4, zero_stage=3, offloaded=True)
     assert kept.parameters == 0 and kept.host == {"parameters": 2 * P // 4}
