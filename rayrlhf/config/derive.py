@@ -9,6 +9,7 @@ from rayrlhf.config.base import JobConfig
 from rayrlhf.config.offline import PreferenceConfig
 from rayrlhf.config.roots import OfflineConfig
 from rayrlhf.config.schema import Config
+from rayrlhf.errors import InputRefused
 
 __all__ = [
     "LORA_RANKS",
@@ -122,8 +123,15 @@ def uses_policy_as_reference(config: Config | PreferenceConfig) -> bool:
 
 
 def lora_room(rank: int) -> int:
-    """The least rank for which vLLM makes room in which adapters of this rank fit; the configuration's rules know the largest."""
-    return next(room for room in LORA_RANKS if room >= rank)
+    """The least rank for which vLLM makes room in which adapters of this rank fit.
+
+    Raises:
+        InputRefused: where it makes none that is large enough; a whole configuration with such a rank breaks a rule.
+    """
+    room = next((room for room in LORA_RANKS if room >= rank), None)
+    if room is None:
+        raise InputRefused(f"policy.lora.rank is {rank}; vLLM applies adapters up to rank {LORA_RANKS[-1]}")
+    return room
 
 
 def data_ranks(section: Any) -> int:
