@@ -68,7 +68,7 @@ def test_sigkill_in_mid_call(groups):
     pending = groups["killed"].broadcast_async("sleep", seconds=60)
     time.sleep(0.3)
     os.kill(pid, signal.SIGKILL)
-    with Within(10):
+    with Within(30):
         assert wait_any([pending]) == [pending]
     with pytest.raises(RoleFailed) as caught:
         pending.result()
@@ -81,39 +81,39 @@ def test_sigkill_in_mid_call(groups):
 def test_ranks_meet_and_one_that_dies_in_a_collective_is_the_one_named(groups):
     batch = samples([3, 2, 2])
     assert groups["meeting"].call("add", batch)["total"].tolist() == [int(batch["tokens"].sum())] * 3
-    with Within(10), pytest.raises(RoleFailed) as caught:
+    with Within(30), pytest.raises(RoleFailed) as caught:
         groups["meeting"].broadcast("leave", rank=1, how="kill")
     assert (caught.value.rank, caught.value.phase) == (1, "leave") and "died" in str(caught.value)
 
 
 def test_exception_while_the_other_rank_waits_in_a_collective(groups):
     says = "parting rank 1 failed in leave: FloatingPointError: loss is nan"
-    with Within(10), pytest.raises(RoleFailed, match=says) as caught:
+    with Within(30), pytest.raises(RoleFailed, match=says) as caught:
         groups["parting"].broadcast("leave", rank=1, how="raise")
     assert (caught.value.role, caught.value.rank, caught.value.phase) == ("parting", 1, "leave")
-    with Within(10), pytest.raises(RoleFailed, match=says):  # rank 0 still waits for it
+    with Within(30), pytest.raises(RoleFailed, match=says):  # rank 0 still waits for it
         groups["parting"].broadcast("ping")
 
 
 def test_deadline_names_the_phase_the_limit_and_the_last_log_lines(groups):
-    with Within(10), pytest.raises(RoleFailed) as caught:
+    with Within(30), pytest.raises(RoleFailed) as caught:
         groups["late"].broadcast("sleep", seconds=60, timeout_s=0.5)
     assert str(caught.value).startswith("late rank 0 did not answer sleep within 0.5 s (deadline of this call)")
     assert "about to sleep" in str(caught.value) and caught.value.phase == "sleep"
 
 
 def test_crash_is_told_by_its_signal(groups):
-    with Within(10), pytest.raises(RoleFailed, match="crash rank 0 died in end") as caught:
+    with Within(30), pytest.raises(RoleFailed, match="crash rank 0 died in end") as caught:
         groups["crash"].broadcast("end", how="segfault")
     assert "crashed with signal SIGSEGV" in caught.value.cause and "Segmentation fault" in str(caught.value)
-    with Within(10), pytest.raises(RoleFailed, match="died in end"):
+    with Within(30), pytest.raises(RoleFailed, match="died in end"):
         groups["crash"].call("where", samples([1]))
 
 
 def test_death_in_a_stream(groups, tmp_path):
     mark = tmp_path / "first chunk is there"
     stream = groups["broken_stream"].stream("die_in_stream", [samples([1, 2])], mark=str(mark))
-    with Within(10):
+    with Within(30):
         first = next(stream)
         mark.touch()
         with pytest.raises(RoleFailed, match="broken_stream rank 0 died in die_in_stream"):
@@ -127,7 +127,7 @@ def test_failed_start_names_the_role_and_ends_the_others(local_ray, tmp_path):
     before = role_processes()
     with pytest.raises(RunFailed) as caught:
         start_groups(specs, executor="ray", settings=SETTINGS)
-    assert time.time() - mark.stat().st_mtime < 10
+    assert time.time() - mark.stat().st_mtime < 30
     error = caught.value
     assert (error.role, error.rank, error.phase) == ("reference", 1, "start")
     assert "reference rank 1 failed to start: FileNotFoundError: no weights in /nowhere/model" in str(error)

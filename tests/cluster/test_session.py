@@ -108,7 +108,7 @@ def test_unreachable_address_is_refused_soon(monkeypatch):
     begin = time.monotonic()
     with pytest.raises(InputRefused, match=f"cluster.address: nothing answers at 127.0.0.1:{port}"):
         check_address(f"127.0.0.1:{port}")
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
     monkeypatch.setattr(session, "HEALTH_SECONDS", 4.0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
