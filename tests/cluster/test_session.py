@@ -22,6 +22,7 @@ from rayrlhf.cluster.ray_process import interface_of
 from rayrlhf.cluster.session import check_address, is_private, ray_session, resolve_address
 from rayrlhf.config.base import ClusterConfig, NodeConfig
 from rayrlhf.errors import InputRefused, RunFailed
+from tests.support.ports import deaf_port
 
 DRIVER = """
 import os, signal, sys
@@ -102,11 +103,11 @@ def test_the_files_of_a_ray_of_its_own_outlast_a_failure_and_not_a_refusal(monke
 
 
 def test_unreachable_address_is_refused_soon(monkeypatch):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
     begin = time.monotonic()
-    with pytest.raises(InputRefused, match=f"cluster.address: nothing answers at 127.0.0.1:{port}"):
+    with (
+        deaf_port() as port,
+        pytest.raises(InputRefused, match=f"cluster.address: nothing answers at 127.0.0.1:{port}"),
+    ):
         check_address(f"127.0.0.1:{port}")
     assert time.monotonic() - begin < 30
     monkeypatch.setattr(session, "HEALTH_SECONDS", 4.0)
@@ -148,11 +149,10 @@ def test_nodes_that_do_not_answer():
     def node(number: int, port: int, address: str = "127.0.0.1") -> Node:
         return Node(f"id-{number}", f"node {number}", address, port, 1, 1.0)
 
-    with socket.socket() as answers, socket.socket() as unused:
+    with socket.socket() as answers, deaf_port() as other:
         answers.bind(("127.0.0.1", 0))
         answers.listen()
-        unused.bind(("127.0.0.1", 0))
-        port, other = answers.getsockname()[1], unused.getsockname()[1]
+        port = answers.getsockname()[1]
         assert unanswering([node(0, port), node(1, other), node(2, port)]) == {"id-1"}
         assert unanswering([]) == set()
         watch = NodeWatch([node(0, port), node(1, other)])

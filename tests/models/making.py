@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from rayrlhf.batch import Batch
 from rayrlhf.config import Config
 from rayrlhf.models.world import World
+from tests.support.ports import free_port
 from tests.support.tiny import save_tiny_model
 
 LENGTHS = (5, 17, 9, 12, 7, 21, 10, 6)
@@ -25,15 +25,13 @@ LINEAR_ADAM = {"lr": 1e6 * GRADIENT_SCALE, "eps": 1e6, "max_grad_norm": 1e9}
 
 
 @functools.cache
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _port() -> int:
+    return free_port()
 
 
 def alone() -> World:
     """The only rank of a group in this process."""
-    return World(0, 1, "127.0.0.1", free_port(), "cpu", 1)
+    return World(0, 1, "127.0.0.1", _port(), "cpu", 1)
 
 
 def base_model(folder: Path) -> Path:

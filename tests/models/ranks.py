@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 from rayrlhf.models.world import World
 from tests.support.forked import fork_context
+from tests.support.ports import free_port
 
 
 def _serve(world: World, connection: Connection) -> None:
@@ -36,9 +36,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = fork_context()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         for rank in range(self.size):
             mine, theirs = context.Pipe()
             world = World(rank, self.size, "127.0.0.1", port, "cpu", 1)

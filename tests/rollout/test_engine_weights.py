@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +31,10 @@ class Trainer:
 
     def __init__(self, dtype: str = "float32", receivers: int = 1, per_engine: int = 1):
         self.dtype, self.serial, self.version = dtype, 0, 0
+        self.run = f"trainer_{secrets.token_hex(8)}"
         self.sender = open_sender(
             "shared_memory",
-            run="trainer",
+            run=self.run,
             receivers=receivers,
             version=1,
             device="cpu",
@@ -62,6 +64,10 @@ class Trainer:
         manifest = Manifest(version, self.dtype, buckets, checksums, serial=self.serial, **kind)
         self.sender.send(manifest, named)
         return manifest
+
+    def first_bucket(self, manifest: Manifest) -> Path:
+        (file,) = Path("/dev/shm").glob(f"rayrlhf-{self.run}-*/{manifest.serial}-0.bucket")
+        return file
 
     def close(self) -> None:
         self.sender.close()
@@ -231,8 +237,7 @@ def test_a_damaged_bucket_is_named_and_a_whole_one_heals_it(case: Case) -> None:
     model = models.new_weights(case.path, seed=41)
     manifest = case.publish(model)
     entry = next(entry for entry in manifest.buckets[0] if "layers.0.mlp.up_proj" in entry.name)
-    (file,) = Path("/dev/shm").glob(f"rayrlhf-trainer-*/{manifest.serial}-0.bucket")
-    with open(file, "r+b") as opened:
+    with open(case.trainer.first_bucket(manifest), "r+b") as opened:
         opened.seek(entry.offset + 17)
         opened.write(b"\xff")
     damage = r"damaged on their way to rollout rank 0 \(shared_memory, bucket 1 of .*model.layers.0.mlp.up_proj.weight"

@@ -148,8 +148,7 @@ def test_damage_on_the_way_is_named(spread: Spread) -> None:
     model = models.new_weights(spread.path, 5)
     manifest = spread.trainer.publish(model)
     entry = manifest.buckets[0][3]
-    (file,) = Path("/dev/shm").glob(f"rayrlhf-trainer-*/{manifest.serial}-0.bucket")
-    with open(file, "r+b") as opened:
+    with open(spread.trainer.first_bucket(manifest), "r+b") as opened:
         opened.seek(entry.offset + 17)
         opened.write(b"\xff\xfe")
     with pytest.raises(RunFailed, match=f"damaged on their way to rollout rank 1 worker . .*{entry.name}$"):

@@ -18,6 +18,7 @@ from rayrlhf.config.schema import ScoreSource
 from rayrlhf.errors import InputRefused, RunFailed
 from rayrlhf.serving import RewardServer
 from tests.serving.misbehaving import Misbehaving, Reply
+from tests.support.ports import deaf_port
 
 TOKEN = "s3cret-token"
 
@@ -260,11 +261,8 @@ def test_what_the_same_request_can_not_cure_is_not_repeated(status):
 
 
 def test_nobody_listens():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(RunFailed, match="connect"):
-        RemoteReward(url, retries=1).score(["a"], ["b"])
+    with deaf_port() as port, pytest.raises(RunFailed, match="connect"):
+        RemoteReward(f"http://127.0.0.1:{port}", retries=1).score(["a"], ["b"])
 
 
 def test_pauses_double_up_to_their_bound(monkeypatch):
@@ -428,9 +426,7 @@ def test_no_token_no_listener_and_no_host_are_refused(monkeypatch):
     monkeypatch.delenv("NO_TOKEN", raising=False)
     with pytest.raises(InputRefused, match="NO_TOKEN is not set"):
         check_service(ScoreSource(url="http://127.0.0.1:1", token_env="NO_TOKEN"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    for address in (url, "http://host.invalid"):
-        with pytest.raises(InputRefused, match="can't be reached: .*start it, or correct url"):
-            check_service(ScoreSource(url=address))
+    with deaf_port() as port:
+        for address in (f"http://127.0.0.1:{port}", "http://host.invalid"):
+            with pytest.raises(InputRefused, match="can't be reached: .*start it, or correct url"):
+                check_service(ScoreSource(url=address))

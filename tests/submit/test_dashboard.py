@@ -16,6 +16,7 @@ import pytest
 from rayrlhf.drivers import submit_cluster
 from rayrlhf.drivers.submit_cluster import Dashboard, check_dashboard, dashboard_url, find_token
 from rayrlhf.errors import InputRefused, RunFailed
+from tests.support.ports import deaf_port
 
 VERSION = json.dumps({"version": "4", "ray_version": "2.60.0"})
 
@@ -91,10 +92,8 @@ def test_something_else_answers(serve):
 
 
 def test_nobody_answers(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    assert "no dashboard answers" in refusal(f"http://127.0.0.1:{port}")
+    with deaf_port() as port:
+        assert "no dashboard answers" in refusal(f"http://127.0.0.1:{port}")
     assert "no dashboard answers" in refusal("http://no-such-host.invalid:8265")
     monkeypatch.setattr(submit_cluster, "ANSWER_SECONDS", 0.5)
     with socket.socket() as silent:  # takes the connection, and says nothing

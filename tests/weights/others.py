@@ -18,6 +18,7 @@ from torch import Tensor
 from rayrlhf.weights import Address, Manifest, Receiver, Sender, collective, open_receiver, open_sender, plan_buckets
 from rayrlhf.weights.control import Control
 from rayrlhf.weights.ipc import IpcReceiver, IpcSender
+from rayrlhf.weights.shared_memory import SharedMemorySender
 from tests.support.forked import fork_context
 
 Arrived = list[tuple[str, str, tuple[int, ...], bytes]]
@@ -105,8 +106,14 @@ def sender_of(transport: str, receivers: int, *, timeout_s: float = 20.0, folder
         return open_sender(
             transport, run=run, receivers=receivers, version=version, device="cpu", timeout_s=timeout_s, **more
         )
-    control = Control.host("ipc", f"{run}-{version}", receivers, timeout_s, "127.0.0.1", more.get("per_engine", 1))
+    control = Control.host(transport, f"{run}-{version}", receivers, timeout_s, "127.0.0.1", more.get("per_engine", 1))
     return IpcSender(control, 0, more.get("senders", 1), HostMemory("gpu-0", folder))
+
+
+def sender_in(directory: str | Path, run: str = "test", **more: Any) -> Sender:
+    """A sender of shared memory, for one receiver, whose files lie where no other process cleans up."""
+    control = Control.host("shared_memory", f"{run}-1", 1, 20.0, "127.0.0.1", 1)
+    return SharedMemorySender(control, run=run, directory=str(directory), **more)
 
 
 def receiver_of(address: Address, index: int, folder: str = "", gpu: str = "gpu-0") -> Receiver:
@@ -244,9 +251,9 @@ def stop_loading(address: Address, index: int, manifest: Manifest, tensors: int)
     time.sleep(60)
 
 
-def send_and_hang(transport: str, receivers: int) -> None:
+def send_and_hang(transport: str, receivers: int, directory: str) -> None:
     """Send two tensors of three; the test kills this process while it thinks about the third."""
-    sender = sender_of(transport, receivers, run="dying")
+    sender = sender_in(directory, "dying") if transport == "shared_memory" else sender_of(transport, receivers)
     tensors = some_tensors()[:3]
 
     def thinking() -> Any:

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from rayrlhf.errors import RunFailed
 from rayrlhf.weights import Address, PeerFailed, Receiver, Sender, abort, collective, transport
 from rayrlhf.weights.shared_memory import remove_stale
 from tests.conftest import ROOT
+from tests.support.ports import deaf_port
 from tests.weights.others import (
     Other,
     die_after,
@@ -30,6 +30,7 @@ from tests.weights.others import (
     manifest_of,
     receiver_of,
     send_and_hang,
+    sender_in,
     sender_of,
     some_tensors,
     stop_loading,
@@ -95,8 +96,8 @@ def test_a_broadcast_that_breaks_off_ends_the_group_and_a_new_one_works() -> Non
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_a_sender_that_dies_is_noticed_long_before_the_deadline(wire: str) -> None:
-    dying = Other(send_and_hang, wire, 1)
+def test_a_sender_that_dies_is_noticed_long_before_the_deadline(wire: str, tmp_path: Path) -> None:
+    dying = Other(send_and_hang, wire, 1, str(tmp_path))
     address, manifest = dying.said()
     receiver = receiver_of(address, 0)
     receiver.connect()
@@ -112,9 +113,9 @@ def test_a_sender_that_dies_is_noticed_long_before_the_deadline(wire: str) -> No
     receiver.close()
     if wire == "shared_memory":  # the next one cleans up
         dying.process.join()
-        assert own_folders("dying")
-        remove_stale("/dev/shm")
-        assert not own_folders("dying")
+        (folder,) = own_folders("dying", tmp_path)
+        assert remove_stale(tmp_path) == [folder]
+        assert not own_folders("dying", tmp_path)
 
 
 @pytest.mark.parametrize("wire", WIRES)
@@ -234,12 +235,12 @@ def suppress_failure(call: Callable[[], object]) -> None:
 
 
 def test_a_sender_that_is_gone_is_not_looked_for_long() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = Address("gloo", "test-1", f"127.0.0.1:{probe.getsockname()[1]}", 1, 60.0)
     started = time.monotonic()
-    with pytest.raises(RunFailed, match="the driver can't join .* the policy's process does not answer at 127.0.0.1:"):
-        abort(address, 1, "over")
+    with (
+        deaf_port() as port,
+        pytest.raises(RunFailed, match="the driver can't join .* the policy's process does not answer at 127.0.0.1:"),
+    ):
+        abort(Address("gloo", "test-1", f"127.0.0.1:{port}", 1, 60.0), 1, "over")
     assert time.monotonic() - started < 30
 
 
@@ -366,8 +367,8 @@ def test_more_than_the_free_memory_is_refused_before_anything_is_written(tmp_pat
 
 SENDS = """
 import sys, torch
-from tests.weights.others import manifest_of, sender_of
-sender = sender_of("shared_memory", 1, run="other", keep_all=True)
+from tests.weights.others import manifest_of, sender_in
+sender = sender_in(sys.argv[1], "other", keep_all=True)
 tensors = [("w", torch.arange(1000.0))]
 sender.send(manifest_of(tensors, sender), tensors)
 print("there", flush=True)
@@ -376,9 +377,9 @@ sys.stdin.readline()
 
 
 @pytest.mark.parametrize("end", ["killed", "normal"])
-def test_files_of_another_process_go_when_it_ends_and_not_before(end: str) -> None:
+def test_files_of_another_process_go_when_it_ends_and_not_before(end: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SENDS],
+        [sys.executable, "-c", SENDS, str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ROOT,
@@ -386,21 +387,20 @@ def test_files_of_another_process_go_when_it_ends_and_not_before(end: str) -> No
         text=True,
     )
     assert process.stdin and process.stdout and process.stdout.readline() == "there\n"
-    strange = Path("/dev/shm/rayrlhf-not_ours")
-    strange.mkdir(exist_ok=True)
-    sender_of("shared_memory", 1).close()  # cleans up, and must leave alone what is in use
-    (folder,) = own_folders("other")
-    assert sorted(os.listdir(f"/dev/shm/{folder}")) == ["1-0.bucket", "lock"]
+    strange = tmp_path / "rayrlhf-not_ours"
+    strange.mkdir()
+    sender_in(tmp_path).close()  # cleans up, and must leave alone what is in use
+    (folder,) = own_folders("other", tmp_path)
+    assert sorted(os.listdir(tmp_path / folder)) == ["1-0.bucket", "lock"]
     if end == "killed":
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert own_folders("other") == [folder]
-        sender_of("shared_memory", 1).close()
+        assert own_folders("other", tmp_path) == [folder]
+        sender_in(tmp_path).close()
     else:
         process.communicate("\n")
-    assert not own_folders("other")
+    assert not own_folders("other", tmp_path)
     assert strange.exists()
-    strange.rmdir()
 
 
 def test_importing_the_weights_needs_neither_ray_nor_vllm_nor_transformers() -> None:

@@ -35,8 +35,8 @@ from tests.weights.others import (
 TRANSPORTS = ["shared_memory", "gloo", "ipc"]
 
 
-def own_folders(run: str) -> list[str]:
-    return [name for name in os.listdir("/dev/shm") if name.startswith(f"rayrlhf-{run}-")]
+def own_folders(run: str, directory: str | Path = "/dev/shm") -> list[str]:
+    return [name for name in os.listdir(directory) if name.startswith(f"rayrlhf-{run}-")]
 
 
 def until(happened: Callable[[], bool], seconds: float = 20.0) -> None:
