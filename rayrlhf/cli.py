@@ -372,7 +372,7 @@ def _prepare_process(*, alone: bool) -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. It ends the process: within a program of your own call `app`."""
     take_over_process()
     try:
         app()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import atexit
 import gc
-import logging
+import io
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-__all__ = ["leave_process", "quick_imports", "take_over_process"]
+__all__ = ["leave_process", "quick_imports", "release_closed", "take_over_process"]
 
 _ours = False
-_code: int | None = None
 
 
 def take_over_process() -> None:
@@ -22,30 +22,48 @@ def take_over_process() -> None:
     global _ours
     if not _ours:
         _ours = True
-        atexit.register(_last)  # what is registered first, is called last
+        atexit.register(gc.unfreeze)  # else extensions made with nanobind say that their objects leaked
 
 
 def leave_process(code: int) -> NoReturn:
-    """End a process that was taken over, with this exit code: as `sys.exit` does, but for what Python does last of all.
+    """End a process that was taken over, with this exit code, as Python does, but for what it does last of all.
 
     It would take the modules down, object by object, which with the large libraries is a second of processor time, and at
-    times ends in a crash within one of them, whose exit code is another.
+    times ends in a crash within one of them, whose exit code is another. What is before that is done: threads are waited
+    for, whatever was registered with `atexit` is called, and files that are still open get what was written to them.
+
+    Where the output can't be written (a full disk), this is said, and the exit code isn't 0; a reader who has left is no
+    failure.
     """
-    global _code
-    _code = code
-    sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    _flush_files()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        code = code or 1
+        with suppress(OSError):
+            print(f"error: the output can't be written: {error.strerror}", file=sys.stderr)
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)
 
 
-def _last() -> None:
-    """Threads have been waited for, and what others registered with `atexit` has been called."""
-    if _code is None:
-        gc.unfreeze()  # else extensions made with nanobind say that their objects leaked
-        return
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # who reads it may have left
-            stream.flush()
-    os._exit(_code)
+def _flush_files() -> None:
+    """Files which nobody has closed, say those of a reward function's module. Twice, as some write into others."""
+    standard = (sys.stdout, sys.stderr)
+    files = [thing for thing in gc.get_objects() if issubclass(type(thing), io.IOBase) and thing not in standard]
+    for file in files + files:
+        with suppress(Exception):
+            file.flush()
+
+
+def release_closed() -> None:
+    """What has been left out when garbage is looked for counts again: roles are closed, and may have left some."""
+    if _ours:
+        gc.unfreeze()
 
 
 @contextmanager
@@ -57,12 +75,12 @@ def quick_imports() -> Iterator[None]:
     second, each time that DeepSpeed, vLLM or a role that leaves its GPU asks for garbage. So in a process of our own all
     that is there after an import is left out from then on (`gc.freeze`); in a user's process that is for the user to decide.
     """
-    enabled = gc.isenabled()
+    enabled, loaded = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
         if enabled:
             gc.enable()
-        if _ours:
+        if _ours and len(sys.modules) > loaded:
             gc.freeze()

@@ -17,6 +17,7 @@ from rayrlhf.cluster.sharing import Pile
 from rayrlhf.cluster.spec import RoleSpec, load_class, process_env, thread_count
 from rayrlhf.config.base import ClusterConfig
 from rayrlhf.errors import InputRefused
+from rayrlhf.importing import release_closed
 from rayrlhf.models.world import World
 
 __all__ = ["InlineGroup", "start_inline"]
@@ -116,6 +117,7 @@ class InlineGroup(Group):
         role, self._role = self._role, None
         if hasattr(role, "close"):
             role.close()
+        release_closed()
 
 
 def start_inline(specs: Sequence[RoleSpec], settings: ClusterConfig) -> dict[str, Group]:

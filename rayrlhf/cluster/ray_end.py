@@ -65,7 +65,9 @@ def _hear(asked: Mapping[ray.ObjectRef, tuple[str, Sequence[int]]], end: float) 
         try:
             left = ray.get(ref, timeout=max(0.0, end - time.monotonic()))
         except GetTimeoutError:
-            left = pids
+            ray.cancel(ref, force=True)
+            log.warning("node %s didn't say within %g s whether its processes %s are gone", node, END_SECONDS, pids)
+            continue
         except RayError as error:
             log.warning("node %s can't say whether its processes %s are gone: %s", node, pids, error)
             continue

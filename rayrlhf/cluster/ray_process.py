@@ -102,14 +102,15 @@ class RoleProcess:
         """
         if world.threads is None:
             world = replace(world, threads=self._threads)
-        if self._reserved is not None:
-            self._reserved.close()
         interface = interface_of(ray.util.get_node_ip_address())
         if interface is not None:
             # gloo would ask for the address of the host's name, which many hosts say is 127.0.0.1.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
-            self._role = load_class(build)(world=world, **kwargs)
+            role = load_class(build)
+            if self._reserved is not None:
+                self._reserved.close()  # not before the import, which takes seconds: others look for ports too
+            self._role = role(world=world, **kwargs)
             return hasattr(self._role, "close")
         except (Exception, SystemExit) as error:
             return _failure(error)

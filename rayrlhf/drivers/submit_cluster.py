@@ -42,6 +42,8 @@ LOST_SECONDS = 120.0
 """How long a dashboard may be away before the job's log, or a question about it, is given up."""
 OLDEST_RAY = (2, 60)
 DEFAULT_PORT = 8265
+PROXY_STATUS = re.compile(r"\bstatus code 50[234]\b")
+"""What a proxy says, in the words of Ray's client, where the dashboard behind it doesn't answer it."""
 
 _TOKEN_FILE = Path(".ray") / "auth_token"
 
@@ -226,7 +228,9 @@ class Dashboard:
             environment = {"py_modules": [uri], "env_vars": dict(env_vars), "worker_process_setup_hook": setup_hook}
             try:
                 self._client.submit_job(runtime_env=environment, submission_id=job, **more)
-            except requests.RequestException as error:
+            except (requests.RequestException, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not PROXY_STATUS.search(str(error)):
+                    raise
                 if not self._is_known(job):
                     raise RunFailed(
                         f"the dashboard at {self.url} was sent job {job}, and didn't say whether it accepts it "

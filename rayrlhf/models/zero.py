@@ -80,9 +80,10 @@ def _load_muon() -> None:
     Its module has functions compiled as it is imported, and torch loads its whole compiler for that: a second of processor
     time in each process. Nothing here uses Muon, so they are left as they are.
     """
-    compiler = importlib.import_module("deepspeed.runtime.compiler")
-    with suppress(ImportError), replaced(compiler, "compile", lambda: lambda function: function):
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    with suppress(ImportError, AttributeError):  # where another DeepSpeed has it elsewhere, it loads it itself
+        compiler = importlib.import_module("deepspeed.runtime.compiler")
+        with replaced(compiler, "compile", lambda *_, **__: lambda function: function):
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

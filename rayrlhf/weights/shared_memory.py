@@ -111,8 +111,10 @@ class SharedMemorySender(Sender):
     def _room(self, manifest: Manifest, number: int) -> Tensor:
         if number == 0:
             self.release()
+        lent = 0
         if not self._keep_all and number >= 2:
             self._await(manifest, number - 2)
+            lent = wire_bytes(manifest.buckets[number - 2], manifest.checksums)
             (self._folder / _file_name(manifest.serial, number - 2)).unlink()
         size = wire_bytes(manifest.buckets[number], manifest.checksums)
         path = self._folder / _file_name(manifest.serial, number)
@@ -120,7 +122,7 @@ class SharedMemorySender(Sender):
         try:
             if not size:
                 return torch.empty(0, dtype=torch.uint8)
-            self._reserve(descriptor, size, manifest.serial if number >= 2 and not self._keep_all else None)
+            self._reserve(descriptor, size, manifest.serial, lent)
             # The mapping goes with the last tensor that looks into it.
             return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
         finally:
@@ -148,15 +150,17 @@ class SharedMemorySender(Sender):
         self.control.close()
         self._finalizer()
 
-    def _reserve(self, descriptor: int, size: int, serial: int | None = None) -> None:
+    def _reserve(self, descriptor: int, size: int, serial: int = 0, lent: int = 0) -> None:
         """Room for ``size`` bytes, now: a write into a full memory file system would kill the process (SIGBUS).
 
         Args:
-            serial: of the transfer in which receivers are about to let go of a bucket: room is waited for. None: of none.
+            serial: of the transfer.
+            lent: bytes of a bucket that was removed, and that its receivers are about to let go of: they are waited for
+                where they can make room enough.
         """
         end = time.monotonic() + self.address.timeout_s
         while (error := self._allocate(descriptor, size)) is not None:
-            if serial is None or time.monotonic() > end:
+            if not lent or size > self._free() + lent or time.monotonic() > end:
                 at_once = "a whole set of weights lies" if self._keep_all else "two buckets lie"
                 raise RunFailed(
                     f"{self._directory} has {self._free() / 2**20:.1f} MiB free where the next weight bucket needs "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
+import zlib
 
 import pytest
 
@@ -37,15 +39,24 @@ def test_a_process_of_our_own_leaves_out_what_it_has_imported():
     assert int(done.stdout) > 1000 and not done.stderr
 
 
+def test_an_import_that_loads_nothing_leaves_nothing_out():
+    code = "import gc; from rayrlhf.importing import *; take_over_process()\n"
+    code += "with quick_imports(): import json\nrelease_closed(); print(gc.get_freeze_count())\n"
+    code += "with quick_imports(): import json\nprint(gc.get_freeze_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == "0\n0\n" and not done.stderr
+
+
 ENDS = """
 import atexit, logging, os, sys, threading, time
 from rayrlhf.importing import leave_process, take_over_process
-take_over_process()
 
 class Last:
     def __del__(self):
         os.write(1, b"taken down;")
 
+atexit.register(lambda: os.write(1, b"registered before;"))
+take_over_process()
 kept = Last()
 kept.itself = kept
 atexit.register(lambda: os.write(1, b"registered;"))
@@ -64,8 +75,24 @@ def test_a_process_that_leaves_has_done_all_but_take_its_modules_down(code: int)
     program = "import logging.handlers" + ENDS % f"leave_process({code})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert (done.returncode, done.stderr) == (code, "")
-    assert "thread;registered;" in done.stdout
-    assert sorted(done.stdout.split(";")) == ["", "logged", "printed", "registered", "thread"]
+    assert "thread;registered;registered before;" in done.stdout
+    assert sorted(done.stdout.split(";")) == ["", "logged", "printed", "registered", "registered before", "thread"]
+
+
+def test_what_was_written_is_there_and_what_could_not_be_is_told(tmp_path):
+    """A file that nobody closed, one that goes through another, and a disk that is full."""
+    program = "import gzip, sys; from rayrlhf.importing import leave_process, take_over_process; take_over_process()\n"
+    program += "open_file = open(sys.argv[1] + '/a', 'w'); open_file.write('precious')\n"
+    program += "packed = gzip.open(sys.argv[1] + '/b', 'wt'); packed.write('packed')\nprint('told')\nleave_process(0)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT, env=environment,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "error: the output can't be written: No space left on device\n")
+    assert (tmp_path / "a").read_text() == "precious"
+    assert zlib.decompressobj(31).decompress((tmp_path / "b").read_bytes()) == b"packed"
 
 
 def test_a_process_that_an_exception_ends_is_taken_down_as_usual():

@@ -115,6 +115,7 @@ class Slow(BaseHTTPRequestHandler):
     received = 0
     jobs: ClassVar[list[str]] = []
     answers = True
+    proxy = False
 
     def do_GET(self):
         known = {"type": "SUBMISSION", "status": "RUNNING", "entrypoint": "true"}
@@ -137,6 +138,8 @@ class Slow(BaseHTTPRequestHandler):
             self.reply(500, "no such entrypoint")
         elif self.answers:
             self.reply(200, json.dumps({"job_id": job, "submission_id": job}))
+        elif self.proxy:
+            self.reply(504, "upstream request timeout")
 
     def reply(self, status: int, text: str) -> None:
         self.send_response(status)
@@ -168,9 +171,12 @@ def test_an_upload_may_take_longer_than_any_of_its_pieces(slow, tmp_path):
     assert time.monotonic() - begun > 2 and Slow.received == 20 << 20 and Slow.jobs[-1] == "a-1"
 
 
-def test_a_job_whose_acceptance_gets_lost_is_asked_for(slow, tmp_path, monkeypatch):
-    """The connection ends without an answer: to a job that runs, and to one that was never heard of."""
+@pytest.mark.parametrize("proxy", [False, True])
+def test_a_job_whose_acceptance_gets_lost_is_asked_for(slow, tmp_path, monkeypatch, proxy):
+    """The connection ends without an answer, or a proxy gives one of its own: to a job that runs, and to one that was never
+    heard of."""
     monkeypatch.setattr(Slow, "answers", False)
+    monkeypatch.setattr(Slow, "proxy", proxy)
     submit(slow, "runs", tmp_path / "job.zip", 100)
     with pytest.raises(RunFailed, match="was sent job lost, and didn't say whether it accepts it.*--follow lost"):
         submit(slow, "lost", tmp_path / "job.zip", 100)

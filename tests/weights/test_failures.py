@@ -356,6 +356,22 @@ def test_room_that_nobody_gives_back_is_waited_for_until_the_deadline(monkeypatc
     sender.close()
 
 
+def test_room_that_can_not_come_back_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = sender_of("shared_memory", 1, timeout_s=600.0)
+    tensors = [("a", torch.ones(100)), ("b", torch.ones(100)), ("larger", torch.ones(10_000))]
+    manifest = manifest_of(tensors, sender, bucket_bytes=400)
+    taking = Other(take_all, sender.address, 0, [manifest])
+    sender.connect()
+    # What lies there already has been given back in full by the time that the large one comes: it is too little.
+    monkeypatch.setattr(sender, "_free", lambda: 10_000)
+    started = time.monotonic()
+    with pytest.raises(RunFailed, match=r"/dev/shm has 0.0 MiB free .*\(two buckets lie there at once"):
+        sender.send(manifest, tensors)
+    assert time.monotonic() - started < 60
+    taking.kill()
+    sender.close()
+
+
 def test_more_than_the_free_memory_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     sender = sender_of("shared_memory", 1)
     room = os.statvfs("/dev/shm")
