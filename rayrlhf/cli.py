@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,11 @@ def _told_plainly(interrupted: str = "Interrupted.") -> Iterator[None]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         _complain(interrupted)
+        raise typer.Exit(1) from None
+    except OSError as failed:
+        if failed.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(f"The run failed: {failed.strerror}: {failed.filename or 'where its output goes'}")
         raise typer.Exit(1) from None
 
 

@@ -20,9 +20,9 @@ from rayrlhf.cluster.ray_process import ProcessInfo
 
 __all__ = ["Deadline", "Members", "RayPending", "RayStream", "root_failure", "wait_any_ray"]
 
-GRACE_SECONDS = 0.5
-"""After a first failure in a group of several: a rank that dies takes the others down with it ("connection closed by
-peer"), and their errors may arrive before its own."""
+GRACE_SECONDS = 2.0
+"""After a first exception in a group of several: a rank that dies takes the others down with it ("connection closed by
+peer"), and their errors may arrive before the word of its death, which goes by way of its node and of Ray's head."""
 
 
 LOOK_SECONDS = 0.05
@@ -127,9 +127,9 @@ def root_failure(problems: dict[int, Failure | RayError]) -> tuple[int, Failure 
 def collect_failures(
     waiting: dict[ray.ObjectRef, int], problems: dict[int, Failure | RayError]
 ) -> dict[int, Failure | RayError]:
-    """Failures of further ranks which follow within the grace period."""
+    """Failures of further ranks which follow within the grace period; none after a death, which explains the others."""
     end = time.monotonic() + GRACE_SECONDS
-    while waiting and (left := end - time.monotonic()) > 0:
+    while waiting and (left := end - time.monotonic()) > 0 and all(isinstance(p, Failure) for p in problems.values()):
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
         for ref in ready:
             rank, value = waiting.pop(ref), answer(ref)

@@ -101,6 +101,14 @@ def test_a_process_that_an_exception_ends_is_taken_down_as_usual():
     assert done.returncode == 1 and "KeyError: 'why'" in done.stderr and "taken down" in done.stdout
 
 
+def test_a_full_disk_is_told_in_a_line():
+    command = [sys.executable, "-u", "-m", "rayrlhf.cli", "plan", "configs/ppo_70b.yaml", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr == "The run failed: No space left on device: where its output goes\n"
+
+
 def test_a_command_whose_reader_has_left_ends_in_silence():
     line = f"set -o pipefail; {sys.executable} -m rayrlhf.cli --help | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, cwd=ROOT)
