@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
+from toy_roles import wait_for
 
 from rayrlhf.batch import Batch
 
 
 class Taker:
-    """Works on so many samples at a time; one rank can be slow."""
+    """Works on so many samples at a time."""
 
-    def __init__(self, *, world, slow_rank: int | None = None, pause: float = 0.0):
-        self.world, self.slow_rank, self.pause = world, slow_rank, pause
+    def __init__(self, *, world):
+        self.world = world
 
-    def work(self, batch: Batch, *, share, places: int, wait: float = 0.0, fail_rank: int | None = None):
+    def work(
+        self,
+        batch: Batch,
+        *,
+        share,
+        places: int,
+        wait: float = 0.0,
+        fail_rank: int | None = None,
+        held: Sequence[int] = (),
+        mark: str = "",
+    ):
+        """The ranks in ``held`` take no more after their first samples until the file ``mark`` is there."""
         time.sleep(wait)
         while taken := share.take(places):
             if fail_rank == self.world.rank:
                 raise FloatingPointError("the response is nan")
-            if self.slow_rank == self.world.rank:
-                time.sleep(self.pause)
             part = batch.select(taken)
             ranks = torch.full((len(part),), self.world.rank)
             yield Batch(part.offsets, {"tokens": part["tokens"] * 2}, {"index": part["index"], "rank": ranks})
+            if self.world.rank in held:
+                wait_for(mark)
 
     def hoard(self, batch: Batch, *, share):
         """Takes one and keeps its way to the pile."""

@@ -13,7 +13,8 @@ from toy_setup import SETTINGS, running, samples, toy
 
 from rayrlhf.cluster import ray_start
 from rayrlhf.cluster.errors import RoleFailed
-from rayrlhf.cluster.group import wait_any
+from rayrlhf.cluster.group import Group, wait_any
+from rayrlhf.cluster.ray_logs import read_tail
 from rayrlhf.cluster.spec import RoleSpec
 from rayrlhf.cluster.start import start_groups
 from rayrlhf.errors import InputRefused, RunFailed
@@ -50,6 +51,12 @@ def wait_until(holds, seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+def until_asleep(group: Group, rank: int) -> None:
+    """Until a rank's log says that it has got the call: how soon Ray delivers it depends on how busy the cores are."""
+    log = group._members.infos[rank].log
+    wait_until(lambda: "about to sleep" in read_tail(log), 60.0)
+
+
 class Within:
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -64,7 +71,7 @@ class Within:
 def test_sigkill_in_mid_call(groups):
     pid = groups["killed"].broadcast("describe")[1]["pid"]
     pending = groups["killed"].broadcast_async("sleep", seconds=60)
-    time.sleep(0.3)
+    until_asleep(groups["killed"], 1)
     os.kill(pid, signal.SIGKILL)
     with Within(30):
         assert wait_any([pending]) == [pending]
@@ -94,8 +101,10 @@ def test_exception_while_the_other_rank_waits_in_a_collective(groups):
 
 
 def test_deadline_names_the_phase_the_limit_and_the_last_log_lines(groups):
+    pending = groups["late"].broadcast_async("sleep", seconds=60, timeout_s=0.5)
+    until_asleep(groups["late"], 0)
     with Within(30), pytest.raises(RoleFailed) as caught:
-        groups["late"].broadcast("sleep", seconds=60, timeout_s=0.5)
+        pending.result()
     assert str(caught.value).startswith("late rank 0 did not answer sleep within 0.5 s (deadline of this call)")
     assert "about to sleep" in str(caught.value) and caught.value.phase == "sleep"
 
@@ -144,7 +153,8 @@ def test_late_start_names_who_is_missing(local_ray, tmp_path, monkeypatch):
     before = role_processes()
     with pytest.raises(RunFailed) as caught:
         start_groups([toy("slow", hang_rank=0, mark=str(mark))], executor="ray", settings=SETTINGS)
-    assert "1 of 1 processes were not up within 120 s (deadline cluster.start_timeout_s)" in str(caught.value)
+    limit = f"{SETTINGS.start_timeout_s:g} s (deadline cluster.start_timeout_s)"
+    assert f"1 of 1 processes were not up within {limit}" in str(caught.value)
     assert "slow rank 0: in its constructor" in str(caught.value) and "loading the last shard" in str(caught.value)
     wait_until(lambda: role_processes() <= before)
 
@@ -173,4 +183,4 @@ def test_more_gpus_than_there_are_is_refused_before_any_process(local_ray):
     spec = RoleSpec("policy", "toy_roles:Toy", ranks=4, gpus_per_rank=1)
     with pytest.raises(InputRefused, match=r"no GPUs, but 4 are needed \(policy 4\)"):
         start_groups([spec], executor="ray", settings=SETTINGS)
-    assert role_processes() == before
+    assert role_processes() <= before  # those of earlier tests may still be ending

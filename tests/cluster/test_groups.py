@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toy_setup import SETTINGS, running, samples, toy
 
 from rayrlhf.batch import Batch, Deferred
-from rayrlhf.cluster import columns
+from rayrlhf.cluster import columns, ray_pending
 from rayrlhf.cluster.errors import RoleFailed
 from rayrlhf.cluster.group import wait_any
 from rayrlhf.cluster.start import start_groups
@@ -138,14 +139,15 @@ def test_results_that_do_not_fit_are_refused(groups, inline, what, says):
             group.call("wrong", samples([1, 2]), what=what)
 
 
-def test_wait_any(groups, inline):
-    slow = groups["one"].broadcast_async("sleep", seconds=4.0)
+def test_wait_any(groups, inline, tmp_path):
+    mark = tmp_path / "all else is done"
+    slow = groups["one"].broadcast_async("wait", mark=str(mark))
     quick = groups["two"].submit("where", samples([1, 2]))
-    begin = time.monotonic()
-    assert wait_any([slow, quick], 10) == [quick]
-    assert wait_any([slow], 0.05) == [] and time.monotonic() - begin < 3.9
+    assert wait_any([slow, quick], 30) == [quick]
+    assert wait_any([slow], 0.05) == []
     assert wait_any([inline.broadcast_async("ping"), slow])[0].result() == [(0, 1, None)]
     assert wait_any([slow, quick], 0) == [quick] and not slow.done()
+    mark.touch()
     assert wait_any([slow]) == [slow] and slow.result() == ["woken"]
     assert wait_any([]) == []
 
@@ -176,14 +178,14 @@ def test_stream_inline_is_the_same(groups, inline):
         assert_same(a, b)
 
 
-def test_stream_hands_over_before_all_is_done_and_ranks_mix(groups):
-    begin, times, ranks = time.monotonic(), [], []
-    for chunk in groups["two"].stream("numbers", shards(2), chunk=1, pause=0.15):
-        times.append(time.monotonic() - begin)
+def test_stream_hands_over_before_all_is_done_and_ranks_mix(groups, tmp_path):
+    """No rank makes a second chunk before a first one of each is here."""
+    mark, ranks = tmp_path / "one of each", []
+    for chunk in groups["two"].stream("numbers", shards(2), chunk=1, mark=str(mark)):
         ranks.append(chunk["from"][0])
-    assert times[0] < times[-1] - 0.5
-    first_of_slow, last_of_quick = ranks.index(1), max(i for i, r in enumerate(ranks) if r == 0)
-    assert first_of_slow < last_of_quick
+        if len(set(ranks)) == 2:
+            mark.touch()
+    assert set(ranks[:2]) == {0, 1} and len(ranks) == 9
 
 
 def test_stream_that_raises_in_the_middle_gives_what_came_before(groups, inline):
@@ -196,9 +198,14 @@ def test_stream_that_raises_in_the_middle_gives_what_came_before(groups, inline)
         assert caught.value.phase == "numbers"
 
 
-def test_stream_deadline_is_between_chunks(groups):
-    # five chunks at 0.45 s take longer than the deadline of 1.5 s, which holds for each of them alone
-    assert len(list(groups["one"].stream("numbers", shards(1), chunk=1, pause=0.45, timeout_s=1.5))) == 5
+def test_stream_deadline_is_between_chunks(groups, monkeypatch):
+    """By the driver's clock five chunks take longer than the deadline of 60 s, which holds for each of them alone."""
+    ahead = 0.0
+    monkeypatch.setattr(ray_pending, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead))
+    count = 0
+    for _ in groups["one"].stream("numbers", shards(1), chunk=1, pause=0.2, timeout_s=60.0):
+        count, ahead = count + 1, ahead + 30.0
+    assert count == 5
 
 
 def test_stream_wants_a_batch_for_each_rank(groups):

@@ -22,10 +22,10 @@ from rayrlhf.cluster.start import start_groups
 from rayrlhf.config.base import ClusterConfig, NodeConfig
 from rayrlhf.errors import InputRefused
 
-SETTINGS = ClusterConfig(threads=1, nodes=[NodeConfig(gpus=3)], start_timeout_s=200, call_timeout_s=60)
+SETTINGS = ClusterConfig(threads=1, nodes=[NodeConfig(gpus=3)], start_timeout_s=600, call_timeout_s=60)
 PATH = os.pathsep.join([HERE, os.path.dirname(os.path.dirname(HERE))])
 SHARED = [["one", "two"]]
-LONG = 100.0
+LONG = 280.0
 SOON = 30.0
 """Seconds between a death and the error, while another role is being built: 10 on idle cores, which other tests may be using."""
 

@@ -21,6 +21,15 @@ def touch(path: str) -> None:
             file.write("here")
 
 
+def wait_for(path: str, seconds: float = 45.0) -> None:
+    """Until the test has left a file there."""
+    end = time.monotonic() + seconds
+    while not os.path.exists(path):
+        if time.monotonic() > end:
+            raise TimeoutError(f"no {path} after {seconds:g} s")
+        time.sleep(0.02)
+
+
 class Toy:
     def __init__(
         self, *, world, bias: int = 0, fail_rank: int | None = None, hang_rank: int | None = None, mark: str = ""
@@ -101,6 +110,10 @@ class Toy:
         time.sleep(seconds)
         return "woken"
 
+    def wait(self, mark: str) -> str:
+        wait_for(mark)
+        return "woken"
+
     def end(self, how: str) -> None:
         if how == "exit":
             os._exit(3)
@@ -119,19 +132,21 @@ class Toy:
 
         raise Odd("but can be told")
 
-    def numbers(self, batch: Batch, chunk: int, pause: float = 0.0, fail_at: int | None = None):
+    def numbers(self, batch: Batch, chunk: int, pause: float = 0.0, fail_at: int | None = None, mark: str = ""):
+        """Twice the tokens; with ``mark`` what follows the first chunk is made when that file is there."""
         for number, start in enumerate(range(0, len(batch), chunk)):
             if fail_at == number:
                 raise ValueError(f"chunk {number} is bad")
             part = batch.select(list(range(start, min(start + chunk, len(batch)))))
             ranks = [self.world.rank] * len(part)
             yield Batch(part.offsets, {"tokens": part["tokens"] * 2}, {"index": part["index"], "from": ranks})
-            time.sleep(pause * (self.world.rank + 1))
+            time.sleep(pause)
+            if mark:
+                wait_for(mark)
 
     def die_in_stream(self, batch: Batch, mark: str):
         yield batch.only(["index"])
-        while not os.path.exists(mark):
-            time.sleep(0.02)
+        wait_for(mark)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

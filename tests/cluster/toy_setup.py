@@ -11,7 +11,7 @@ from rayrlhf.cluster.spec import RoleSpec
 from rayrlhf.config.base import ClusterConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SETTINGS = ClusterConfig(threads=1, start_timeout_s=120, call_timeout_s=60)
+SETTINGS = ClusterConfig(threads=1, start_timeout_s=280, call_timeout_s=60)
 
 
 def toy(name: str, ranks: int = 1, role: str = "Toy", gpus: int = 0, **kwargs) -> RoleSpec:

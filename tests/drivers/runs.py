@@ -32,7 +32,7 @@ ppo: {steps: 4, prompts_per_step: 8, minibatch_samples: 8, ppo_epochs: 2, kl_con
 evaluation: {prompts: 8}
 checkpoint: {every_steps: 2, keep: 5}
 monitoring: {progress: lines, tensorboard: false}
-cluster: {executor: inline, threads: 1, start_timeout_s: 200, call_timeout_s: 120}
+cluster: {executor: inline, threads: 1, start_timeout_s: 600, call_timeout_s: 120}
 """
 
 
