@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import os
+import secrets
 import signal
 import time
 import traceback
@@ -108,6 +110,17 @@ def sender_of(transport: str, receivers: int, *, timeout_s: float = 20.0, folder
         )
     control = Control.host(transport, f"{run}-{version}", receivers, timeout_s, "127.0.0.1", more.get("per_engine", 1))
     return IpcSender(control, 0, more.get("senders", 1), HostMemory("gpu-0", folder))
+
+
+def set_deadline(sender: Sender, timeout_s: float) -> None:
+    """From now on this is what the sender allows for each bucket."""
+    control = sender.control
+    control.address = dataclasses.replace(control.address, timeout_s=timeout_s)
+
+
+def own_name(run: str) -> str:
+    """A run's name that no other process of this machine has."""
+    return f"{run}_{secrets.token_hex(8)}"
 
 
 def sender_in(directory: str | Path, run: str = "test", **more: Any) -> Sender:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import threading
 import time
@@ -20,6 +21,7 @@ from tests.models.making import LENGTHS, alone, config_of, parts_of, settings, t
 from tests.models.rank_cases import as_batch, as_columns, make_role, weights_of
 from tests.models.ranks import Ranks
 from tests.support.tiny import save_tiny_model
+from tests.weights.others import set_deadline
 
 ALL = list(range(len(LENGTHS)))
 LORA = {"rank": 4, "alpha": 16.0}
@@ -146,6 +148,12 @@ def publish(world: World, address: Address, version: int) -> str | None:
     return None
 
 
+def allow(world: World, seconds: float) -> None:
+    """Another deadline for each bucket, where this rank sends."""
+    if _role.sender is not None:
+        set_deadline(_role.sender, seconds)
+
+
 @pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_zero_3_sends_the_whole_weights(
@@ -207,7 +215,8 @@ def test_where_no_engine_takes_the_weights_no_rank_is_left_waiting(
     first, _ = two_ranks.run(make, path=str(tiny), run=run, columns=columns, transport="shared_memory")
     said = two_ranks.run(publish, timeout_s=60, address=first["address"], version=1)
     assert "rollout rank 0 did not take bucket 1 of" in said[0] and said[1] is None
-    receiver = open_receiver(first["address"], 0, "cpu")
+    two_ranks.run(allow, seconds=60.0)
+    receiver = open_receiver(dataclasses.replace(first["address"], timeout_s=60.0), 0, "cpu")
     receiver.connect()
     found: list[str] = []
     thread = threading.Thread(

@@ -85,7 +85,7 @@ def test_an_engine_that_fails_is_told_soon_and_the_policy_goes_on(trouble: str, 
         started = time.monotonic()
         with pytest.raises(RoleFailed, match=said):
             transfer_weights(policy, rollout, 2, True)
-        assert time.monotonic() - started < 15, "long before the deadline of 100 s"
+        assert time.monotonic() - started < 60, "long before the deadline of 100 s"
         assert policy.broadcast("alive", timeout_s=20) == [True]
 
 
@@ -101,12 +101,12 @@ def test_an_engine_that_dies_before_the_rendezvous_is_told_soon() -> None:
         started = time.monotonic()
         with pytest.raises(RoleFailed, match="rollout rank 1 died in connect_weights"):
             connect_weights(policy, rollout, config(weight_transport="gloo"), None)
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 60
         assert policy.broadcast("alive", timeout_s=20) == [True]
 
 
 def test_an_engine_that_hangs_is_named_after_the_deadline() -> None:
-    with running(2, {(1, 1): "hang"}, timeout_s=3.0) as (policy, rollout):
+    with running(2, {(1, 1): "hang"}, timeout_s=10.0) as (policy, rollout):
         connect_weights(policy, rollout, config(), None)
         with pytest.raises(
             RoleFailed, match=r"policy rank 0 .*rollout rank 1 did not take bucket 3 of 6 \(layer2.weight\)"

@@ -25,6 +25,7 @@ from tests.weights.others import (
     Other,
     as_arrived,
     manifest_of,
+    own_name,
     receiver_of,
     sender_of,
     some_tensors,
@@ -39,7 +40,7 @@ def own_folders(run: str, directory: str | Path = "/dev/shm") -> list[str]:
     return [name for name in os.listdir(directory) if name.startswith(f"rayrlhf-{run}-")]
 
 
-def until(happened: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(happened: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end
@@ -48,7 +49,8 @@ def until(happened: Callable[[], bool], seconds: float = 20.0) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_whatever_the_bucket_size_and_the_type_all_receivers_get_what_was_sent(transport: str, tmp_path: Path) -> None:
-    sender = sender_of(transport, 3, run="sizes", folder=str(tmp_path))
+    run = own_name("sizes")
+    sender = sender_of(transport, 3, run=run, folder=str(tmp_path))
     cases = [
         (dtype, bucket_bytes, checksums)
         for dtype in ("float32", "bfloat16")
@@ -69,12 +71,13 @@ def test_whatever_the_bucket_size_and_the_type_all_receivers_get_what_was_sent(t
     for other in others:
         assert other.said() == "connected" and other.said() == expected
     sender.close()
-    assert not own_folders("sizes") and not list(tmp_path.iterdir())
+    assert not own_folders(run) and not list(tmp_path.iterdir())
 
 
 def test_one_after_the_other_in_one_thread() -> None:
     """As the inline executor does it."""
-    sender = sender_of("shared_memory", 1, run="alone", keep_all=True)
+    run = own_name("alone")
+    sender = sender_of("shared_memory", 1, run=run, keep_all=True)
     receiver = receiver_of(sender.address, 0)
     sender.connect()
     receiver.connect()
@@ -82,7 +85,7 @@ def test_one_after_the_other_in_one_thread() -> None:
         tensors = some_tensors(serial)
         manifest = manifest_of(tensors, sender, serial=serial)
         sender.send(manifest, tensors)
-        (folder,) = own_folders("alone")
+        (folder,) = own_folders(run)
         assert len(list(Path("/dev/shm", folder).glob("*.bucket"))) == 8
         found = [(name, tensor.clone()) for name, tensor in receiver.receive(manifest)]
         assert as_arrived(found, "float32") == as_arrived(tensors, "float32")
@@ -115,7 +118,8 @@ def test_the_next_bucket_is_filled_while_one_is_under_way_and_no_more(
     transport: str, ahead: int, tmp_path: Path
 ) -> None:
     """A receiver dwells on a bucket: two lie on the sender's side then, by gloo two more on the receiver's."""
-    sender = sender_of(transport, 1, run="ahead", folder=str(tmp_path))
+    run = own_name("ahead")
+    sender = sender_of(transport, 1, run=run, folder=str(tmp_path))
     receiver = receiver_of(sender.address, 0, str(tmp_path))
     tensors = some_tensors()
     manifest = manifest_of(tensors, sender)
@@ -125,7 +129,7 @@ def test_the_next_bucket_is_filled_while_one_is_under_way_and_no_more(
         for name, tensor in tensors:
             given.append(name)
             if transport == "shared_memory":
-                (folder,) = own_folders("ahead")
+                (folder,) = own_folders(run)
                 assert len(list(Path("/dev/shm", folder).glob("*.bucket"))) <= 2
             yield name, tensor
 
@@ -209,11 +213,12 @@ def test_shared_memory_with_room_for_two_buckets_will_do(monkeypatch: pytest.Mon
             mapped.append((weakref.ref(self), os.fstat(descriptor).st_ino))
             return self
 
-    sender, tensors = sender_of("shared_memory", 1, run="small"), equal_tensors()
+    run = own_name("small")
+    sender, tensors = sender_of("shared_memory", 1, run=run), equal_tensors()
     receiver, manifest = receiver_of(sender.address, 0), manifest_of(tensors, sender)
     receiver.connect()
     bucket = 64 * 256 * 4
-    (folder,) = own_folders("small")
+    (folder,) = own_folders(run)
     least: list[int] = []
 
     def room(_: object) -> SimpleNamespace:
