@@ -271,11 +271,10 @@ class _Deaths:
 
     def _watch(self) -> None:
         ended = multiprocessing.connection.wait([process.sentinel for process in self._processes])
-        number, process = next((n, p) for n, p in enumerate(self._processes) if p.sentinel in ended)
-        code = process.exitcode
-        while code is None:  # another thread, vLLM's, is collecting it
-            time.sleep(0.01)
-            code = process.exitcode
+        codes = {n: _exit_code(p) for n, p in enumerate(self._processes) if p.sentinel in ended}
+        # Where vLLM has already ended others, these went as they were told to.
+        number = next((n for n, code in codes.items() if code not in (0, -signal.SIGTERM)), min(codes))
+        process, code = self._processes[number], codes[number]
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         self.first = f"worker {number} of {len(self._processes)} (process {process.pid}) {how}"
         self.noticed.set()
@@ -285,6 +284,13 @@ class _Deaths:
         self._thread.join()
         for process in self._processes:
             process.join()
+
+
+def _exit_code(process: Any) -> int:
+    """Of a process that has ended."""
+    while process.exitcode is None:  # another thread, vLLM's, is collecting it
+        time.sleep(0.01)
+    return process.exitcode
 
 
 def check_engine(model: Any, config: SamplerConfig, dtype: str, max_model_tokens: int, lora: LoraConfig | None) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rollout_models as models
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayrlhf.actors.rollout import RolloutEngine
 from rayrlhf.actors.rollout_common import check_tensor_parallel
+from rayrlhf.actors.rollout_vllm import _Deaths
 from rayrlhf.batch import Batch
 from rayrlhf.config import RolloutConfig
 from rayrlhf.errors import InputRefused, RunFailed
@@ -248,6 +250,28 @@ def test_sizes_that_do_not_divide_the_model_are_refused(untied: Path) -> None:
             dtype="float32",
             max_model_tokens=64,
         )
+
+
+@pytest.mark.parametrize(
+    "codes, says",
+    [
+        ((-signal.SIGTERM, -signal.SIGKILL), "worker 1 of 2 (process 101) was killed by SIGKILL"),
+        ((0, 3), "worker 1 of 2 (process 101) ended with exit code 3"),
+        ((-signal.SIGTERM, 0), "worker 0 of 2 (process 100) was killed by SIGTERM"),
+    ],
+)
+def test_who_died_is_named_though_the_others_have_been_ended_since(codes: tuple[int, int], says: str) -> None:
+    pipes = [os.pipe() for _ in codes]
+    for _, writer in pipes:
+        os.close(writer)
+    workers = [
+        SimpleNamespace(proc=SimpleNamespace(sentinel=reader, exitcode=code, pid=100 + number))
+        for number, (code, (reader, _)) in enumerate(zip(codes, pipes, strict=True))
+    ]
+    deaths = _Deaths(workers)
+    assert deaths.noticed.wait(60) and deaths.first == says
+    for reader, _ in pipes:
+        os.close(reader)
 
 
 def test_a_worker_that_dies_while_it_generates_is_named_within_ten_seconds(spread: Spread) -> None:
