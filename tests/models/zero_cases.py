@@ -55,6 +55,7 @@ class PeakMemory:
         self.done.set()
         self.thread.join()
         self.end = _anonymous_bytes()
+        self.peak = max(self.peak, self.end)  # it may have grown since the last look
 
 
 def _anonymous_bytes() -> int:
