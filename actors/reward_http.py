@@ -249,7 +249,8 @@ async def _probed(to: Endpoint) -> str | None:
     """What is wrong with a service that answers; None where an empty request meets no trouble."""
     headers = {} if to.token is None else {"authorization": f"Bearer {to.token}"}
     body = bytearray()
-    async with asyncio.timeout(min(_PROBE_S, to.timeout_s)), open_client(1) as client:
+    # Making a client takes a while (it reads certificates): no time of the service's.
+    async with open_client(1) as client, asyncio.timeout(min(_PROBE_S, to.timeout_s)):
         wait = httpx.Timeout(None, connect=min(_PROBE_CONNECT_S, to.timeout_s / 2))
         empty: dict[str, list[str]] = {"prompts": [], "responses": []}
         async with client.stream("POST", to.url, json=empty, headers=headers, timeout=wait) as response:

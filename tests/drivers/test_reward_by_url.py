@@ -19,7 +19,7 @@ from tests.drivers.runs import TinyWorld, small_numbers
 from tests.serving.misbehaving import Misbehaving, Reply
 from tests.support.tiny import WORDS, save_tiny_model
 
-BY_URL = "reward.sources=[{url: '%s', name: far, timeout_s: 2, retries: 1}]"
+BY_URL = "reward.sources=[{url: '%s', name: far, timeout_s: 60, retries: 1}]"
 KEYS = ["cause", "prompt", "response", "step"]
 STEPS = ("ppo.steps=2", "checkpoint.every_steps=0")
 

@@ -87,14 +87,18 @@ def test_after_the_last_attempt_samples_are_kept_and_marked(reply, cause, monkey
         tokens.add(headers.get("authorization") or headers.get("Authorization"))
         return reply if shown(payload)[0] == "bad" else longer_wins(payload, headers)
 
+    hangs = reply.how == "hang"
     with Misbehaving(answer) as server:
-        judge = OpenAIJudge(server.url, "j", token_env="JUDGE_TOKEN", timeout_s=0.8, retries=2)
+        judge = OpenAIJudge(server.url, "j", token_env="JUDGE_TOKEN", timeout_s=0.8 if hangs else 60, retries=2)
         found = judge.compare(["good", "bad", "fine"], ["aa", "a", "a"], ["b", "b", "bb"])
+        server.until(lambda requests: sum(shown(r)[0] == "bad" for r in requests) >= 6)
         asked = [shown(r)[0] for r in server.requests]
     assert found.first == ["a", None, "b"] and found.second == ["a", None, "b"]
     assert found.failed == 1 and found.complete == [0, 2]
     assert [(f.index, f.order) for f in found.failures] == [(1, "first"), (1, "second")]
-    assert asked.count("bad") == 6 and asked.count("good") == 2
+    assert asked.count("bad") == 6
+    # Where time is short a good answer may come too late once.
+    assert asked.count("good") >= 2 if hangs else asked.count("good") == 2
     text = "\n".join([*found.lines(), *(f.cause for f in found.failures)])
     assert re.search(cause, text) and "1 of 3 prompts" in text and server.url in text and "sk-very-secret" not in text
     assert tokens == {"Bearer sk-very-secret"}

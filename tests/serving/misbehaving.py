@@ -30,14 +30,16 @@ class Misbehaving:
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.ending = threading.Event()
-        outer, lock = self, threading.Lock()
+        self.reading = threading.Condition()
+        outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
+                with outer.reading:
                     outer.requests.append(payload)
                     outer.paths.append(self.path)
+                    outer.reading.notify_all()
                     reply = answer(payload, dict(self.headers))
                 outer.send(self, reply)
 
@@ -47,6 +49,11 @@ class Misbehaving:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def until(self, came: Callable[[list[dict[str, Any]]], bool]) -> None:
+        """Wait for requests: those that a client gave up may have yet to be read here."""
+        with self.reading:
+            assert self.reading.wait_for(lambda: came(self.requests), timeout=30), self.requests
 
     def send(self, handler: BaseHTTPRequestHandler, reply: Reply) -> None:
         if reply.how == "hang":
