@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 calls = 0
 
@@ -17,4 +18,6 @@ def small_numbers(prompts: list[str], responses: list[str]) -> list[float]:
         os.kill(os.getppid(), signal.SIGKILL if os.environ["DOES"] == "kill" else signal.SIGINT)
         if os.environ["DOES"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        # However slow the pipeline is to pass its SIGINT on, the stage has not ended by then; the signal ends the sleep.
+        time.sleep(30)
     return [sum(int(word[1:]) < 20 for word in response.split()) / 8 for response in responses]

@@ -16,6 +16,7 @@ import transformers
 from rayrlhf.config.trainers import LoraConfig
 from rayrlhf.errors import InputRefused
 from rayrlhf.models.adapters import add_lora
+from rayrlhf.planning import known
 from rayrlhf.planning.gguf import gguf_config
 from rayrlhf.planning.known import NotKnownError, NotThereError, _catalogue, shape_of
 from rayrlhf.planning.shapes import Shape, UnknownFamilyError, numel
@@ -221,6 +222,7 @@ def test_the_hub_is_asked_last(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(known, "HUB_TIMEOUT_S", 60)
     try:
         assert shape_of("some/model").hidden == SMALL["hidden_size"]
         with pytest.raises(NotThereError, match="no config.json of that name"):
