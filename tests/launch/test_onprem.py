@@ -16,8 +16,8 @@ RAY = """#!/bin/bash
 echo "$(cat "$STATE/host" 2>/dev/null) ray $* mode=$RAY_AUTH_MODE token=$(cat "$RAY_AUTH_TOKEN_PATH" 2>/dev/null)" >> "$LOG"
 if [ "$1" = get-auth-token ]; then mkdir -p "$HOME/.ray"; echo made > "$HOME/.ray/auth_token"; exit 0; fi
 if [ -n "$RAY_FAILS" ]; then echo "port in use"; exit 1; fi
-echo "Ray runtime started."
 trap 'echo "ended $*" >> "$LOG"; exit 0' TERM
+echo "Ray runtime started."
 while true; do sleep 0.1; done
 """
 # "Another machine" is this one with a home and a state of its own.
@@ -59,7 +59,7 @@ def machines(tmp_path):
 
 def onprem(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
     script = str(ROOT / "launch" / "onprem.sh")
-    return subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_up_and_down_over_ssh(machines):

@@ -32,22 +32,30 @@ STUBS = {
     # As on a stock Debian or Ubuntu, where the name means 127.0.1.1 (`hostname --ip-address`).
     "hostname": """
         if [ "$1" = -I ]; then echo "${ADDRESSES-fe80::1 127.0.1.1 10.0.0.7 192.168.0.7}"; else echo 127.0.1.1; fi""",
-    # `ray start --block` lives until it is ended, and says so; `ray list nodes` knows all nodes once the workers are there.
+    # The pauses of the script are those of the stand-ins.
+    "sleep": "exec /bin/sleep 0.1",
+    # `ray start --block` lives until it is ended, and says so; `ray list nodes` knows a node, or both workers, once the step is
+    # up: "token ok" is written when it hears signals. SIGNAL comes to the script while it waits for the nodes.
     "ray": """
         echo "ray $*" >> "$LOG"
         if [ "$1" = list ]; then
             if [ -n "$RAY_DIES" ]; then exit 1; fi
-            if grep -q -- "start --block" "$LOG"; then echo '[{}, {}, {}]'; else echo '[{}]'; fi
+            case $(grep -c "token ok" "$LOG") in
+                0) echo '[]' ;;
+                1) echo '[{}]' ;;
+                2) echo '[{}, {}, {}]' ;;
+            esac
             exit 0
         fi
+        trap 'echo "ended: ray $*" >> "$LOG"; exit 0' TERM
+        if [ -n "$SIGNAL" ]; then kill -s "$SIGNAL" "$PPID"; fi
         [ "$RAY_AUTH_MODE" = token ] && [ "${#RAY_AUTH_TOKEN}" = 64 ] && echo "token ok" >> "$LOG"
         if [ -n "$RAY_DIES" ]; then exit 3; fi
-        trap 'echo "ended: ray $*" >> "$LOG"; exit 0' TERM
         while true; do sleep 0.1; done""",
     "rayrlhf": """
-        echo "rayrlhf $*" >> "$LOG"
-        echo "not through a proxy: $no_proxy" >> "$LOG"
         trap 'echo "interrupted" >> "$LOG"; exit 1' INT
+        echo "not through a proxy: $no_proxy" >> "$LOG"
+        echo "rayrlhf $*" >> "$LOG"
         for _ in $(seq "${SUBMIT_SECONDS:-1}"); do sleep 0.1; done
         exit "${SUBMIT_CODE:-0}" """,
 }
@@ -72,7 +80,8 @@ def stage(tmp_path):
         "SLURM_JOB_NUM_NODES": "3",
         "SLURM_GPUS_ON_NODE": "8",
         "SLURM_CPUS_PER_TASK": "48",
-        "START_TIMEOUT": "20",
+        "SIGNAL": "",
+        "START_TIMEOUT": "60",
         "no_proxy": "intern",
     }
     environment["PATH"] = f"{programs}:{environment['PATH']}"
@@ -113,7 +122,7 @@ def test_asks_slurm_for_the_machines_of_its_configuration():
 
 def test_head_workers_run_and_end(stage):
     process = start(stage, "ppo.steps=5")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     log = log_of(stage)
     head = next(line for line in log if line.startswith("srun") and "--head" in line)
@@ -143,7 +152,7 @@ def test_the_run_has_the_time_that_slurm_leaves_to_save():
 @pytest.mark.parametrize("addresses", ["127.0.1.1 fe80::7 127.0.0.2", ""])
 def test_a_head_without_an_address_is_told(stage, addresses):
     process = start(stage, ADDRESSES=addresses)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert (
         process.returncode == 1
         and f'node-a has no IPv4 address that other nodes reach: `hostname -I` says "{addresses}"' in output
@@ -155,7 +164,7 @@ def test_fails_as_the_run_fails_and_resumes_what_is_there(stage):
     (stage[0] / "run").mkdir()
     (stage[0] / "run" / "config.yaml").touch()
     process = start(stage, SUBMIT_CODE="2")
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 2
     assert any(line.startswith("rayrlhf submit") and line.endswith("--resume") for line in log_of(stage))
 
@@ -164,9 +173,8 @@ def test_fails_as_the_run_fails_and_resumes_what_is_there(stage):
 def test_end_of_time_and_preemption(stage, number, queued_again):
     process = start(stage, SUBMIT_SECONDS="600")
     wait_for(stage, "rayrlhf submit")
-    time.sleep(0.5)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
     log = log_of(stage)
     assert "interrupted" in log, "the run is told to save"
@@ -175,9 +183,16 @@ def test_end_of_time_and_preemption(stage, number, queued_again):
     assert sum(line.startswith("ended: ray start") for line in log) == 2
 
 
+def test_the_end_of_time_before_the_run_begins_stops_it_as_it_begins(stage):
+    process = start(stage, SUBMIT_SECONDS="6000", SIGNAL="USR1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "the run is told to stop and save" in output
+    assert "scontrol requeue 42" in log_of(stage)
+
+
 def test_a_head_that_dies_ends_the_wait(stage):
     process = start(stage, RAY_DIES="1")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "a step has ended" in output
     assert not any(line.startswith("rayrlhf") for line in log_of(stage))
 
