@@ -61,8 +61,8 @@ def held() -> int:
 
 
 def until_free(count: int = 0) -> None:
-    """Until so many GPUs are held; what Ray says of it lags behind."""
-    end = time.monotonic() + 10
+    """Until exactly so many GPUs are held; what Ray says of it lags behind."""
+    end = time.monotonic() + 60
     while held() != count:
         assert time.monotonic() < end, f"{held()} GPUs are held, not {count}"
         time.sleep(0.05)

@@ -145,7 +145,7 @@ def test_a_run_on_three_nodes_to_its_end(cluster, project, tmp_path):
     code, output = submit(project, cluster, "ppo.yaml", *change)
     assert code == 2 and "refused its input" in output, output
     lacks = "cluster.nodes names 4 machines of 2 GPUs, the Ray cluster has 2 machines of 2 GPUs and 1 machine of 1 GPU"
-    told = re.search(rf".*warning: waiting up to [34] s for machines to join the Ray cluster: {lacks}", output)
+    told = re.search(rf".*warning: waiting up to \d+ s for machines to join the Ray cluster: {lacks}", output)
     assert told is not None and since_start(told.group()) <= SOON, output
     assert output.count(lacks) == 2 and "no more machines joined within 4 s" in output
 
