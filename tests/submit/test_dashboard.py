@@ -57,7 +57,7 @@ def refusal(url: str, environment=None) -> str:
     started = time.monotonic()
     with pytest.raises(InputRefused) as refused:
         check_dashboard(url, environment or {"HOME": "/nowhere"})
-    assert time.monotonic() - started < 11
+    assert time.monotonic() - started < 60
     (problem,) = refused.value.problems
     return problem
 
@@ -92,6 +92,8 @@ def test_something_else_answers(serve):
 
 
 def test_nobody_answers(monkeypatch):
+    assert submit_cluster.CHECK_SECONDS < 10
+    monkeypatch.setattr(submit_cluster, "CHECK_SECONDS", 3.0)
     with deaf_port() as port:
         assert "no dashboard answers" in refusal(f"http://127.0.0.1:{port}")
     assert "no dashboard answers" in refusal("http://no-such-host.invalid:8265")
@@ -109,8 +111,11 @@ def test_two_slow_answers_have_one_deadline(serve, monkeypatch):
     assert "no answer within 2 s" in refusal(url, {"RAY_AUTH_TOKEN": "right"})
 
 
+PIECE_SECONDS = 2.5
+
+
 class Slow(BaseHTTPRequestHandler):
-    """Takes an archive of any size, 2 MiB in 0.3 s, and jobs; of those called ``lost`` it knows nothing afterwards."""
+    """Takes an archive of any size, 0.5 MiB in 0.15 s, and jobs; of those called ``lost`` it knows nothing afterwards."""
 
     received = 0
     jobs: ClassVar[list[str]] = []
@@ -125,8 +130,8 @@ class Slow(BaseHTTPRequestHandler):
     def do_PUT(self):
         left = int(self.headers["Content-Length"])
         while left:
-            time.sleep(0.3)
-            left -= len(self.rfile.read(min(left, 2 << 20)))
+            time.sleep(0.15)
+            left -= len(self.rfile.read(min(left, 1 << 19)))
         type(self).received = int(self.headers["Content-Length"])
         self.reply(200, "")
 
@@ -152,9 +157,9 @@ class Slow(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def slow(monkeypatch) -> Iterator[Dashboard]:
-    monkeypatch.setattr(submit_cluster, "CALL_SECONDS", (1.0, 10.0))
-    monkeypatch.setattr(submit_cluster, "UPLOAD_SECONDS", (1.0, 10.0))
+    monkeypatch.setattr(submit_cluster, "UPLOAD_SECONDS", (PIECE_SECONDS, 60.0))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # what lies there counts as sent
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield Dashboard(f"http://127.0.0.1:{server.server_address[1]}", {})
     server.shutdown()
@@ -167,8 +172,8 @@ def submit(dashboard: Dashboard, job: str, archive: Path, nbytes: int) -> None:
 
 def test_an_upload_may_take_longer_than_any_of_its_pieces(slow, tmp_path):
     begun = time.monotonic()
-    submit(slow, "a-1", tmp_path / "job.zip", 20 << 20)
-    assert time.monotonic() - begun > 2 and Slow.received == 20 << 20 and Slow.jobs[-1] == "a-1"
+    submit(slow, "a-1", tmp_path / "job.zip", 18 << 20)
+    assert time.monotonic() - begun > 2 * PIECE_SECONDS and Slow.received == 18 << 20 and Slow.jobs[-1] == "a-1"
 
 
 @pytest.mark.parametrize("proxy", [False, True])
@@ -186,7 +191,7 @@ def test_a_job_whose_acceptance_gets_lost_is_asked_for(slow, tmp_path, monkeypat
 
 
 def test_a_name_that_takes_for_ever_to_look_up(monkeypatch):
-    monkeypatch.setattr(submit_cluster, "_ask", lambda *_: time.sleep(60))
+    monkeypatch.setattr(submit_cluster, "_ask", lambda *_: time.sleep(600))
     monkeypatch.setattr(submit_cluster, "CHECK_SECONDS", 0.5)
     assert "no answer within 0.5 s" in refusal("http://head:8265")
 

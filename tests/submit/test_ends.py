@@ -9,8 +9,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -70,7 +70,7 @@ def test_ends(end, error, words):
 
 
 class Cluster:
-    """Stands in for the dashboard: a job that writes a line and runs until it is stopped, if that helps."""
+    """Stands in for the dashboard and for a job's log: a job that writes a line and runs until it is stopped, if that helps."""
 
     def __init__(self, said: list[Said], *, obeys: bool = True, **metadata: str):
         self.metadata = metadata
@@ -81,13 +81,29 @@ class Cluster:
         self.obeys = obeys
         self.failures = {"stop": 0, "info": 0}
         """How many requests fail."""
+        self.requests = {"stop": 0, "info": 0}
+        self.interrupts: list[str] = []
+        """At what each Ctrl-C comes."""
 
     patiently = Dashboard.patiently
 
+    def at(self, moment: str) -> None:
+        if self.interrupts[:1] == [moment]:
+            del self.interrupts[0]
+            signal.raise_signal(signal.SIGINT)
+
     def log(self, job: str):
-        return self.queue
+        self.at("log")
+        return self
+
+    def get(self, timeout: float) -> Said:
+        if self.stopped:
+            self.at("log of what is stopped")
+        return self.queue.get(timeout=timeout)
 
     def request(self, kind: str) -> None:
+        self.requests[kind] += 1
+        self.at(f"{kind} {self.requests[kind]}")
         self.failures[kind] -= 1
         if self.failures[kind] >= 0:
             raise RunFailed("502 Bad Gateway")
@@ -103,19 +119,20 @@ class Cluster:
         return info("STOPPED", **self.metadata) if self.stopped else info("SUCCEEDED", 0)
 
 
+ONCE = ("log",)
+"""As soon as the log is watched."""
+
+
 def watch(
-    cluster: Cluster, on_interrupt: str = "ask", *, interrupts: int = 0, printed: io.StringIO | None = None
+    cluster: Cluster, on_interrupt: str = "ask", *, interrupts: Sequence[str] = (), printed: io.StringIO | None = None
 ) -> str:
-    """Watch a job, with Ctrl-C so many times; gives what was printed."""
+    """Watch a job, with Ctrl-C at these moments; gives what was printed."""
     console = Console(file=printed or io.StringIO(), width=200)
-    timers = [threading.Timer(0.4 + k, os.kill, (os.getpid(), signal.SIGINT)) for k in range(interrupts)]
-    for timer in timers:
-        timer.start()
+    cluster.interrupts = list(interrupts)
     try:
         _watch(cluster, "a-1", Watching("http://head:8265", on_interrupt, console))
     finally:
-        for timer in timers:
-            timer.cancel()
+        assert cluster.interrupts == []
     return console.file.getvalue()
 
 
@@ -145,19 +162,19 @@ def test_a_run_has_failed_only_where_its_log_ends_so(monkeypatch, said, obeys, o
         assert said[0].text in printed.getvalue()
     else:
         with pytest.raises((JobLeft, RunFailed), match=end):
-            watch(cluster, on_interrupt, interrupts=0 if said else 1, printed=printed)
+            watch(cluster, on_interrupt, interrupts=() if said else ONCE, printed=printed)
     assert "phase: rollout" in printed.getvalue()
     assert ("failed: 0 of 200 steps" in printed.getvalue()) == (said == [Said("end")])
 
 
-@pytest.mark.parametrize(("kind", "interrupts"), [("stop", 1), ("info", 1), ("info", 0)])
+@pytest.mark.parametrize(("kind", "interrupts"), [("stop", ONCE), ("info", ONCE), ("info", ())])
 def test_requests_that_fail_are_repeated(monkeypatch, kind, interrupts):
     monkeypatch.setattr(submit_cluster, "PAUSE_SECONDS", (0.05, 0.1))
     cluster = Cluster([] if interrupts else [Said("end")])
     cluster.failures[kind] = 2
     if interrupts:
         with pytest.raises(RunFailed, match="was stopped"):
-            watch(cluster, "stop", interrupts=1)
+            watch(cluster, "stop", interrupts=ONCE)
     else:
         watch(cluster)
     monkeypatch.setattr(submit_cluster, "LOST_SECONDS", 0.2)
@@ -172,11 +189,11 @@ def test_ctrl_c_ends_the_repetitions():
     cluster = Cluster([])
     cluster.failures["stop"] = 1000
     with pytest.raises(JobLeft, match="Left job a-1 while it was being stopped"):
-        watch(cluster, "stop", interrupts=2)
+        watch(cluster, "stop", interrupts=["log", "stop 2"])
     cluster = Cluster([Said("end")])
     cluster.failures["info"] = 1000
     with pytest.raises(JobLeft, match=r"Left job a-1\. Watch it with"):
-        watch(cluster, interrupts=1)
+        watch(cluster, interrupts=["info 2"])
 
 
 def test_a_job_that_is_out_of_sight():
@@ -188,17 +205,17 @@ def test_a_job_that_is_out_of_sight():
 def test_ctrl_c_leaves_it(choice):
     cluster = Cluster([])
     with pytest.raises(JobLeft, match=r"which goes on.*rayrlhf submit --follow a-1 --address http://head:8265"):
-        watch(cluster, choice, interrupts=1)  # no terminal here: there is nobody to ask
+        watch(cluster, choice, interrupts=ONCE)  # no terminal here: there is nobody to ask
     assert cluster.stopped == 0
 
 
 def test_ctrl_c_stops_it_and_another_one_leaves():
     cluster = Cluster([])
     with pytest.raises(RunFailed, match="was stopped"):
-        watch(cluster, "stop", interrupts=1)
+        watch(cluster, "stop", interrupts=ONCE)
     assert cluster.stopped == 1
     with pytest.raises(JobLeft, match="while it was being stopped"):
-        watch(Cluster([], obeys=False), "stop", interrupts=2)
+        watch(Cluster([], obeys=False), "stop", interrupts=["log", "log of what is stopped"])
 
 
 def test_a_job_that_does_not_stop(monkeypatch):
@@ -206,11 +223,11 @@ def test_a_job_that_does_not_stop(monkeypatch):
     monkeypatch.setattr(module, "_KILLED_WITHIN", 0.5)
     begun = time.monotonic()
     with pytest.raises(RunFailed, match="was told to stop, and runs on"):
-        watch(Cluster([], obeys=False, stop_seconds="1"), "stop", interrupts=1)
+        watch(Cluster([], obeys=False, stop_seconds="1"), "stop", interrupts=ONCE)
     assert time.monotonic() - begun >= 1.5
     monkeypatch.setattr(module, "STOP_SECONDS", 0)
     with pytest.raises(RunFailed, match="was told to stop, and runs on"):
-        watch(Cluster([], obeys=False), "stop", interrupts=1)
+        watch(Cluster([], obeys=False), "stop", interrupts=ONCE)
 
 
 @pytest.mark.parametrize(("answers", "left", "stopped"), [("x\nl\n", True, 0), ("s\n", False, 1), ("", True, 0)])
@@ -219,17 +236,21 @@ def test_on_a_terminal_it_asks(monkeypatch, answers, left, stopped):
     monkeypatch.setattr(sys, "stdin", io.StringIO(answers))
     cluster = Cluster([])
     with pytest.raises(JobLeft if left else RunFailed):
-        watch(cluster, "ask", interrupts=1)
+        watch(cluster, "ask", interrupts=ONCE)
     assert cluster.stopped == stopped
 
 
 def test_on_a_terminal_it_can_go_on(monkeypatch):
     monkeypatch.setattr(module, "has_terminal", lambda: True)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w\n"))
     cluster = Cluster([])
-    end = threading.Timer(1.5, cluster.queue.put, (Said("end"),))
-    end.start()
-    assert "leave it running, stop it, watch on?" in watch(cluster, "ask", interrupts=1)
+
+    class Answers(io.StringIO):
+        def readline(self, *size: int) -> str:
+            cluster.queue.put(Said("end"))
+            return super().readline(*size)
+
+    monkeypatch.setattr(sys, "stdin", Answers("w\n"))
+    assert "leave it running, stop it, watch on?" in watch(cluster, "ask", interrupts=ONCE)
 
 
 @pytest.mark.parametrize("accepted", [False, True])
