@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    WorkerCrashedError,
+)
 
 from rayrlhf.batch import Batch
 from rayrlhf.cluster.columns import Block, WireBatch, from_wire
@@ -27,6 +34,11 @@ peer"), and their errors may arrive before the word of its death, which goes by 
 
 LOOK_SECONDS = 0.05
 """How long a failure of one rank may go unnoticed while others are waited for."""
+
+
+DEATH_SECONDS = 10.0
+"""How long Ray may take to say that a process which it no longer reaches is dead, and how it died; it waits for that for 1 s
+itself. Then the process counts as dead all the same."""
 
 
 TOGETHER_SECONDS = 0.002
@@ -54,6 +66,7 @@ class Members:
     def __init__(self, role: str, size: int):
         self.role = role
         self.infos: list[ProcessInfo | None] = [None] * size
+        self.handles: list[Any] = [None] * size
         self.broken: RoleFailed | None = None
 
     def log(self, rank: int) -> str | None:
@@ -83,7 +96,7 @@ class Members:
         if info is not None and lost:
             cause = f"its node {lost[info.node_id]} left the cluster: it no longer answers"
             return RoleFailed.died(self.role, rank, phase, cause, self.log(rank))
-        lines = last_lines(info)
+        problem, lines = last_word(self.handles[rank], problem), last_lines(info)
         return RoleFailed.died(self.role, rank, phase, cause_of_death(problem, lines), self.log(rank), lines)
 
     def late(self, rank: int, phase: str, deadline: Deadline) -> RoleFailed:
@@ -92,6 +105,22 @@ class Members:
         )
         self.broken = self.broken or error
         return error
+
+
+def last_word(handle: Any, problem: RayError) -> RayError:
+    """How a process died, where Ray has so far only said that it doesn't reach it; the same again where that is all."""
+    end = time.monotonic() + DEATH_SECONDS
+    while isinstance(problem, ActorUnavailableError) and (left := end - time.monotonic()) > 0:
+        try:
+            ray.get(handle.look.remote(), timeout=left)
+        except RayActorError as error:
+            problem = error
+            time.sleep(LOOK_SECONDS)
+        except GetTimeoutError:
+            break
+        else:
+            break
+    return problem
 
 
 def answer(ref: ray.ObjectRef) -> Any:

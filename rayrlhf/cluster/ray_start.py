@@ -251,6 +251,7 @@ def _make(
         elif settings.device == "cuda":
             env |= _visible("")
         handle = _actor(where, env, None if THREADS_VARIABLE in env else sharers[node.address])
+        members[spec.name].handles[rank] = handle
         processes.append(_Process(spec, rank, members[spec.name], handle, node))
     return processes
 

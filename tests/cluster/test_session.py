@@ -12,10 +12,10 @@ from unittest.mock import Mock
 import pytest
 import ray
 import torch
-from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, OutOfMemoryError, RayError
 from toy_setup import HERE
 
-from rayrlhf.cluster import columns, ray_end, session
+from rayrlhf.cluster import columns, ray_end, ray_pending, session
 from rayrlhf.cluster.nodes import ASK_SECONDS, Node, NodeWatch, unanswering
 from rayrlhf.cluster.ray_logs import cause_of_death, read_tail
 from rayrlhf.cluster.ray_process import interface_of
@@ -208,6 +208,34 @@ def test_what_is_small_travels_in_the_message():
 )
 def test_cause_of_death(text, log, cause):
     assert cause in cause_of_death(RayError(text), log)
+
+
+UNREACHABLE, DEAD = ActorUnavailableError("keepalive watchdog timeout", None), ActorDiedError()
+
+
+@pytest.mark.parametrize(
+    "words, told, asked",
+    [
+        ([UNREACHABLE, DEAD], DEAD, 2),
+        ([None], UNREACHABLE, 1),  # it lives
+        ([GetTimeoutError("x")], UNREACHABLE, 1),
+        ([UNREACHABLE] * 1000, UNREACHABLE, None),  # as long as it is asked
+    ],
+)
+def test_who_is_out_of_reach_is_asked_for_until_ray_knows_how_it_died(monkeypatch, words, told, asked):
+    monkeypatch.setattr(ray_pending, "DEATH_SECONDS", 60.0 if asked else 0.2)
+    left = list(words)
+
+    def get(*_, **__):
+        word = left.pop(0)
+        if word is not None:
+            raise word
+
+    monkeypatch.setattr(ray_pending.ray, "get", get)
+    assert ray_pending.last_word(Mock(), UNREACHABLE) is told
+    assert asked is None or len(words) - len(left) == asked
+    left = list(words)
+    assert ray_pending.last_word(Mock(), DEAD) is DEAD and left == words
 
 
 @pytest.mark.parametrize(
