@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 
+from ray._common.utils import get_default_ray_temp_dir, try_to_create_directory
 from ray.cluster_utils import Cluster
 
 STORE_BYTES = 100 << 20
@@ -41,8 +42,12 @@ def main() -> None:
     for name, value in QUICK.items():
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Wherever a cluster has its folder, Ray notes its address in this one, which may not be there yet.
+    try_to_create_directory(get_default_ray_temp_dir())
     # A folder of its own: Ray takes the cluster that was started last in a folder for the one that is meant.
-    with tempfile.TemporaryDirectory(prefix="rayfake-", ignore_cleanup_errors=True) as folder:
+    # Sockets lie below it, and their paths have at most 107 characters.
+    base = "/tmp" if os.access("/tmp", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="rayfake-", dir=base, ignore_cleanup_errors=True) as folder:
         cluster = Cluster()
         # A worker's own port for its dashboard agent: all nodes have the same address.
         shared = {"num_cpus": given.cpus, "object_store_memory": STORE_BYTES, "dashboard_agent_listen_port": 0}
