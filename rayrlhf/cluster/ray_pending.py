@@ -37,8 +37,8 @@ LOOK_SECONDS = 0.05
 
 
 DEATH_SECONDS = 10.0
-"""How long Ray may take to say that a process which it no longer reaches is dead, and how it died; it waits for that for 1 s
-itself. Then the process counts as dead all the same."""
+"""How long Ray may take to say that a process which it no longer reaches is dead, and how it died; by itself it waits 1 s
+for that. Then the process counts as dead all the same."""
 
 
 TOGETHER_SECONDS = 0.002

@@ -34,8 +34,8 @@ STUBS = {
         if [ "$1" = -I ]; then echo "${ADDRESSES-fe80::1 127.0.1.1 10.0.0.7 192.168.0.7}"; else echo 127.0.1.1; fi""",
     # The pauses of the script are those of the stand-ins.
     "sleep": "exec /bin/sleep 0.1",
-    # `ray start --block` lives until it is ended, and says so; `ray list nodes` knows a node, or both workers, once the step is
-    # up: "token ok" is written when it hears signals. SIGNAL comes to the script while it waits for the nodes.
+    # `ray start --block` lives until it is ended, and says so; `ray list nodes` knows a step's nodes once that is up, which
+    # "token ok" says: it hears signals by then. SIGNAL comes to the script while it waits for the nodes.
     "ray": """
         echo "ray $*" >> "$LOG"
         if [ "$1" = list ]; then

@@ -115,7 +115,7 @@ PIECE_SECONDS = 2.5
 
 
 class Slow(BaseHTTPRequestHandler):
-    """Takes an archive of any size, 0.5 MiB in 0.15 s, and jobs; of those called ``lost`` it knows nothing afterwards."""
+    """Takes an archive of any size, 0.5 MiB in 0.15 s, and jobs; of those called ``lost`` it knows nothing."""
 
     received = 0
     jobs: ClassVar[list[str]] = []

@@ -70,7 +70,7 @@ def test_ends(end, error, words):
 
 
 class Cluster:
-    """Stands in for the dashboard and for a job's log: a job that writes a line and runs until it is stopped, if that helps."""
+    """Stands in for the dashboard and a job's log: the job writes a line and runs until it is stopped, if that helps."""
 
     def __init__(self, said: list[Said], *, obeys: bool = True, **metadata: str):
         self.metadata = metadata
