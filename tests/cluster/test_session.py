@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import ray
@@ -261,7 +261,7 @@ def test_processes_of_this_machine_are_gone_when_they_no_longer_run():
     [
         ([], ""),
         ([7], "processes [7] of node n were told to end, and weren't gone after 10 s"),
-        (GetTimeoutError("x"), "processes [7, 8] of node n were told to end, and weren't gone after 10 s"),
+        (GetTimeoutError("x"), "node n didn't say within 10 s whether its processes [7, 8] are gone"),
         (ActorDiedError(), "node n can't say whether its processes [7, 8] are gone: The actor died"),
     ],
 )
@@ -271,8 +271,12 @@ def test_what_a_node_says_of_processes_that_end_there(monkeypatch, caplog, answe
             raise answer
         return answer
 
+    cancel, question = Mock(), Mock()
     monkeypatch.setattr(ray_end.ray, "get", get)
-    ray_end._hear({Mock(): ("n", [7, 8])}, time.monotonic())
+    monkeypatch.setattr(ray_end.ray, "cancel", cancel)
+    ray_end._hear({question: ("n", [7, 8])}, time.monotonic())
+    # Who hasn't answered isn't to wait on after us.
+    assert cancel.mock_calls == [call(question, force=True)] * isinstance(answer, GetTimeoutError)
     assert [record.getMessage()[: len(said)] for record in caplog.records] == [said] * bool(said)
 
 
