@@ -32,32 +32,33 @@ def leave_process(code: int) -> NoReturn:
     times ends in a crash within one of them, whose exit code is another. What is before that is done: threads are waited
     for, whatever was registered with `atexit` is called, and files that are still open get what was written to them.
 
-    Where the output can't be written (a full disk), this is said, and the exit code isn't 0; a reader who has left is no
+    Where something can't be written (a full disk), this is said, and the exit code isn't 0. A reader who has left is no
     failure.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    _flush_files()
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        pass
-    except OSError as error:
+    for name, why in _flush_files().items():
         code = code or 1
         with suppress(OSError):
-            print(f"error: the output can't be written: {error.strerror}", file=sys.stderr)
-    with suppress(OSError):
-        sys.stderr.flush()
+            print(f"error: {name} can't be written: {why}", file=sys.stderr, flush=True)
     os._exit(code)
 
 
-def _flush_files() -> None:
-    """Files which nobody has closed, say those of a reward function's module. Twice, as some write into others."""
-    standard = (sys.stdout, sys.stderr)
-    files = [thing for thing in gc.get_objects() if issubclass(type(thing), io.IOBase) and thing not in standard]
+def _flush_files() -> dict[str, str]:
+    """Write what files hold that nobody has closed, the output and say those of a reward function's module; gives those for
+    which it fails, with the cause. Twice, as some write into others."""
+    failed: dict[str, str] = {}
+    files = [thing for thing in gc.get_objects() if issubclass(type(thing), io.IOBase)]
     for file in files + files:
-        with suppress(Exception):
+        try:
             file.flush()
+        except ConnectionError:  # a pipe or connection whose other end has left
+            continue
+        except OSError as error:
+            failed[str(getattr(file, "name", file))] = error.strerror or str(error)
+        except Exception:  # it is closed, or was never whole
+            continue
+    return failed
 
 
 def release_closed() -> None:

@@ -90,9 +90,29 @@ def test_what_was_written_is_there_and_what_could_not_be_is_told(tmp_path):
             [sys.executable, "-c", program, str(tmp_path)],
             stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT, env=environment,
         )  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "error: the output can't be written: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "error: <stdout> can't be written: No space left on device\n")
     assert (tmp_path / "a").read_text() == "precious"
     assert zlib.decompressobj(31).decompress((tmp_path / "b").read_bytes()) == b"packed"
+
+
+@pytest.mark.parametrize(
+    "before, code, said",
+    [
+        ("sys.stdout.close()", 0, ""),
+        ("sys.stdout = None", 0, ""),
+        (
+            "kept = open('/dev/full', 'w'); kept.write('x')",
+            1,
+            "error: /dev/full can't be written: No space left on device\n",
+        ),
+        ("kept = subprocess.Popen('true', stdin=-1); kept.wait(); kept.stdin.write(b'x')", 0, ""),
+    ],
+)
+def test_only_what_can_not_be_written_is_a_failure(before, code, said):
+    program = "import subprocess, sys; from rayrlhf.importing import leave_process, take_over_process\n"
+    program += f"take_over_process(); {before}; leave_process(0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_a_process_that_an_exception_ends_is_taken_down_as_usual():
